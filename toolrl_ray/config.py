@@ -1,0 +1,288 @@
+"""One configuration tree for a run. Unknown keys raise, contradictions raise with both values, and the resolved tree is
+saved with the run. A recipe is a YAML file of this shape; `key.path=value` on the command line overrides it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from toolrl_ray.errors import ConfigError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class PolicyConfig(Section):
+    """Where the policy comes from: `path` (a folder or a Hub name), or "tiny", made and warm-started on this machine."""
+
+    path: str = "tiny"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    separate_critic: bool = False
+
+
+class BootstrapConfig(Section):
+    """The tiny policy and its supervised warm start. Everything here is part of its cache key."""
+
+    num_layers: int = Field(3, ge=1)
+    hidden_size: int = Field(128, ge=32, multiple_of=32)
+    num_heads: int = Field(4, ge=1)
+    max_context_tokens: int = Field(256, ge=64)
+    tie_embeddings: bool = True
+    num_steps: int = Field(1000, ge=1)
+    batch_size: int = Field(32, ge=1)
+    lr: float = Field(2e-3, gt=0)
+    tool_share: float = Field(0.4, ge=0, lt=0.5)  # demonstrations that use the tool; the others guess
+    seed: int = 0
+
+
+class TaskConfig(Section):
+    """Which problems. `generated` makes `What is a op b?`; `gsm8k` takes the expressions annotated in GSM8K from `path`
+    (a JSON-lines file with `expr`, `result`, `split`), or from the Hub's openai/gsm8k when no path is given."""
+
+    source: Literal["generated", "gsm8k"] = "generated"
+    path: str | None = None
+    num_train: int = Field(4096, ge=1)
+    num_heldout: int = Field(500, ge=1)
+    few_shot: int = Field(0, ge=0, le=4)
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _path_only_for_files(self) -> TaskConfig:
+        if self.path is not None and self.source == "generated":
+            raise ValueError(f"task.path={self.path!r} contradicts task.source='generated', which reads no file; set task.source=gsm8k")
+        return self
+
+
+class ToolsConfig(Section):
+    """The tools of the run and the share of the cluster that their replicas take."""
+
+    names: list[str] = ["SimpleCalculatorTool"]
+    num_replicas: int = Field(1, ge=1)
+    num_cpus: float = Field(0.1, gt=0)  # per replica
+    max_in_flight: int = Field(64, ge=1)  # requests at once per replica
+    max_queued: int = Field(4096, ge=1)  # calls that may wait in the client before OVERLOADED
+    start_timeout_s: float = Field(120, gt=0)
+
+
+class EpisodeConfig(Section):
+    max_turns: int = Field(4, ge=1)  # completions per episode
+    max_turn_tokens: int = Field(64, ge=1)
+    max_observation_tokens: int = Field(32, ge=1)  # of a tool's output, without the closing marker
+    max_context_tokens: int = Field(256, ge=8)  # prompt and everything after it
+    tool_deadline_s: float = Field(10, gt=0)
+    turn_deadline_s: float = Field(120, gt=0)
+    episode_deadline_s: float = Field(300, gt=0)
+
+
+class RolloutConfig(Section):
+    engine: Literal["vllm", "transformers"] = "vllm"
+    num_actors: int = Field(1, ge=1)
+    num_cpus: float = Field(1, ge=0)  # per RolloutActor
+    num_gpus: float = Field(0, ge=0)
+    temperature: float = Field(1.0, gt=0)
+    max_in_flight: int = Field(64, ge=1)  # episodes at once per actor
+    num_threads: int = Field(1, ge=1)  # of the engine on CPU
+    kv_cache_gib: float = Field(1, gt=0)  # on CPU
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
+    start_timeout_s: float = Field(600, gt=0)
+    collect_timeout_s: float = Field(1800, gt=0)
+    max_tries: int = Field(3, ge=1)  # per episode, when actors die under it
+
+
+class AlgoConfig(Section):
+    """Masked PPO and its relatives. Names as in the papers; see toolrl_ray/algos for the formulas."""
+
+    advantage: Literal["gae", "grpo", "rloo", "reinforce_pp"] = "gae"
+    gamma: float = Field(1.0, gt=0, le=1)
+    gae_lambda: float = Field(0.95, ge=0, le=1)
+    whiten_advantages: bool = True
+    clip_eps_low: float = Field(0.2, gt=0, lt=1)
+    clip_eps_high: float = Field(0.2, gt=0)
+    clip_value: float = Field(0.2, gt=0)
+    vf_coef: float = Field(0.1, ge=0)
+    ent_coef: float = Field(0.0, ge=0)
+    kl_coef: float = Field(0.05, ge=0)
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    kl_in: Literal["reward", "loss"] = "reward"
+    kl_controller: Literal["fixed", "adaptive"] = "adaptive"
+    kl_target: float = Field(6.0, gt=0)  # nats per episode, adaptive controller
+    kl_horizon: float = Field(10000, gt=0)  # episodes, adaptive controller
+    target_kl: float | None = Field(0.1, gt=0)  # approx_kl above which the remaining updates of a batch are skipped
+    tis_clip: float = Field(2.0, gt=0)  # cap of the truncated importance weight old/rollout
+    num_epochs: int = Field(2, ge=1)
+    num_minibatches: int = Field(2, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AlgoConfig:
+        if self.advantage in ("grpo", "rloo") and self.kl_coef > 0 and self.kl_in == "reward":
+            raise ValueError(
+                f"algo.advantage={self.advantage} contradicts algo.kl_in=reward: it has one reward per episode; set algo.kl_in=loss"
+            )
+        if self.kl_in == "loss" and self.kl_coef > 0 and self.kl_estimator == "k1":
+            raise ValueError(
+                "algo.kl_estimator=k1 contradicts algo.kl_in=loss: the gradient of k1 is zero in expectation; set algo.kl_estimator=k2 or k3"
+            )
+        return self
+
+
+class LearnerConfig(Section):
+    num_ranks: int = Field(1, ge=1)
+    num_cpus: float = Field(1, ge=0)  # per LearnerActor
+    num_gpus: float = Field(0, ge=0)
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float = Field(1.0, gt=0)
+    warmup_steps: int = Field(0, ge=0)  # of the learning rate, in optimiser steps
+    max_microbatch_tokens: int = Field(8192, ge=1)
+    gradient_checkpointing: bool = False
+    num_threads: int = Field(1, ge=1)  # per rank, on CPU
+    start_timeout_s: float = Field(600, gt=0)
+    update_timeout_s: float = Field(1800, gt=0)
+
+
+class WeightsConfig(Section):
+    backend: Literal["auto", "object_store", "nccl", "ipc"] = "auto"
+    timeout_s: float = Field(300, gt=0)  # per phase
+
+
+class TrainConfig(Section):
+    num_steps: int = Field(40, ge=0)
+    tasks_per_step: int = Field(64, ge=1)
+    group_size: int = Field(1, ge=1)  # episodes per task
+
+
+class EvalConfig(Section):
+    num_tasks: int = Field(500, ge=1)
+    temperature: float = Field(0.0, ge=0)
+    every_steps: int = Field(0, ge=0)  # 0: only before and after
+    max_in_flight: int = Field(128, ge=1)
+
+
+class TrackingConfig(Section):
+    wandb: Literal["auto", "offline", "online", "off"] = "auto"
+    wandb_project: str = "toolrl"
+    num_transcripts: int = Field(8, ge=0)  # per step, in the W&B table
+
+
+class RunConfig(Section):
+    recipe: str
+    seed: int = 0
+    run_dir: str | None = None  # default: runs/RECIPE-TIME
+    policy: PolicyConfig = PolicyConfig()
+    bootstrap: BootstrapConfig = BootstrapConfig()
+    task: TaskConfig = TaskConfig()
+    tools: ToolsConfig = ToolsConfig()
+    episode: EpisodeConfig = EpisodeConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    algo: AlgoConfig = AlgoConfig()
+    learner: LearnerConfig = LearnerConfig()
+    weights: WeightsConfig = WeightsConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.algo.advantage in ("grpo", "rloo") and self.train.group_size < 2:
+            raise ValueError(
+                f"algo.advantage={self.algo.advantage} contradicts train.group_size={self.train.group_size}: "
+                "it compares the episodes of a group; set train.group_size=2 or more"
+            )
+        if self.policy.path == "tiny" and self.episode.max_context_tokens > self.bootstrap.max_context_tokens:
+            raise ValueError(
+                f"episode.max_context_tokens={self.episode.max_context_tokens} contradicts "
+                f"bootstrap.max_context_tokens={self.bootstrap.max_context_tokens}, the longest text that the tiny policy can read"
+            )
+        if self.eval.num_tasks > self.task.num_heldout:
+            raise ValueError(
+                f"eval.num_tasks={self.eval.num_tasks} contradicts task.num_heldout={self.task.num_heldout}; set task.num_heldout higher"
+            )
+        return self
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """The resolved configuration of a recipe (a name, or a path that ends in .yaml) with `key.path=value` overrides.
+
+    Raises ConfigError with one line that names what is wrong, the value and what is allowed.
+    """
+    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"unknown recipe {recipe!r}; recipes: {', '.join(recipe_names())}; or give a path to a .yaml file")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections, not a {type(tree).__name__}")
+    tree.setdefault("recipe", path.stem)
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_first_line(error)) from None
+
+
+def dump(config: RunConfig) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} is not of the form key.path=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
+    if isinstance(value, str) and (number := _number(value)) is not None:
+        value = number  # YAML 1.1 reads 1e-3 as text
+    *parents, last = key.split(".")
+    for name in parents:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {override!r}: {name!r} is a value, not a section")
+    tree[last] = value
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _allowed_keys(location: tuple[Any, ...]) -> list[str]:
+    section: Any = RunConfig
+    for name in location:
+        field = section.model_fields.get(name)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return []
+        section = field.annotation
+    return list(section.model_fields)
+
+
+def _first_line(error: ValidationError) -> str:
+    """pydantic's first complaint as one line: key, value, what is allowed."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        allowed = ", ".join(_allowed_keys(first["loc"][:-1]))
+        return f"unknown key {key!r} (value {first['input']!r}); allowed there: {allowed}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error" and not isinstance(first["input"], (str, int, float)):
+        return message
+    return f"{key}={first['input']!r}: {message[0].lower() + message[1:]}"

@@ -1,0 +1,74 @@
+"""How a policy writes a tool call. A format turns the text of one policy turn into a `ParsedTurn`; it is never shown
+anything but text that the policy sampled, so that a tool's output can neither end an episode nor forge a call.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class TurnKind(StrEnum):
+    CALL = "call"
+    SUBMIT = "submit"
+    MALFORMED = "malformed"  # it meant to call a tool, but the call cannot be understood
+    PLAIN = "plain"  # neither a call nor a submit
+
+
+@dataclass(frozen=True)
+class RequestedCall:
+    tool: str
+    argument: str
+
+
+@dataclass(frozen=True)
+class ParsedTurn:
+    """kind: what the turn is. calls: in the order written, for CALL. problem: what is wrong, for MALFORMED.
+    end: number of characters up to and including the stop marker; what follows is overhang."""
+
+    kind: TurnKind
+    end: int
+    calls: tuple[RequestedCall, ...] = ()
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class TextMarkers:
+    """The text markers of TRL's TextEnvironment: `<request><Tool>argument<call>output<response>` and `<submit>`.
+
+    A turn ends at its first `<call>` or `<submit>`, and holds at most one call. The argument is everything between the
+    tool's `>` and `<call>`, further `<` and `>` included.
+    """
+
+    request: str = "<request>"
+    call: str = "<call>"
+    response: str = "<response>"
+    submit: str = "<submit>"
+    cut: str = "..."  # stands at the end of an observation that was cut
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        return (self.call, self.submit)
+
+    @property
+    def observation_end(self) -> str:
+        return self.response
+
+    def parse(self, text: str) -> ParsedTurn:
+        found = sorted((at, marker) for marker in self.stop if (at := text.find(marker)) >= 0)
+        if not found:
+            return ParsedTurn(TurnKind.PLAIN, len(text))
+        at, marker = found[0]
+        end = at + len(marker)
+        if marker == self.submit:
+            return ParsedTurn(TurnKind.SUBMIT, end)
+        before, *requests = text[:at].split(self.request)
+        if not requests:
+            return ParsedTurn(TurnKind.MALFORMED, end, problem=f"{self.call} without {self.request}")
+        if len(requests) > 1:
+            return ParsedTurn(TurnKind.MALFORMED, end, problem=f"{len(requests)} requests before one {self.call}")
+        match = re.match(r"\s*<([^<>]+)>", requests[0])
+        if match is None:
+            return ParsedTurn(TurnKind.MALFORMED, end, problem=f"no <tool name> after {self.request}")
+        return ParsedTurn(TurnKind.CALL, end, (RequestedCall(match[1].strip(), requests[0][match.end() :]),))

@@ -1,0 +1,195 @@
+"""One episode: the turn loop as a function of two callables, `generate` and `call_tool`.
+
+Each turn: the policy samples until a stop marker; a call is executed, its output is appended as observation tokens, and
+the next turn starts; a submit, an EOS or a limit ends the episode. Every outcome has a name (`StopReason`, `ToolStatus`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+
+from toolrl_ray.episode.call_format import ParsedTurn, RequestedCall, TextMarkers, TurnKind
+from toolrl_ray.episode.codec import Codec
+from toolrl_ray.episode.ledger import Ledger
+from toolrl_ray.types import (
+    CallToolFn,
+    Completion,
+    EpisodeRequest,
+    GenerateFn,
+    SamplingParams,
+    StopReason,
+    ToolCallRecord,
+    Trajectory,
+)
+from tools_service.protocol import ToolCall, ToolResult, ToolStatus
+
+log = logging.getLogger(__name__)
+
+# What the policy is shown for a call that did not end in OK. The text of OUTPUT_LIMIT is partial output.
+SHOWN = {
+    ToolStatus.OK: "{text}",
+    ToolStatus.OUTPUT_LIMIT: "{text}",
+    ToolStatus.TOOL_ERROR: "Error: {text}",
+    ToolStatus.BAD_ARGUMENTS: "Error: {text}",
+    ToolStatus.UNKNOWN_TOOL: "Error: {text}",
+    ToolStatus.TIMEOUT: "Error: the tool took too long",
+    ToolStatus.MEMORY_LIMIT: "Error: the tool ran out of memory",
+    ToolStatus.OVERLOADED: "Error: the tool is busy",
+    ToolStatus.UNAVAILABLE: "Error: the tool is not available",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """max_turns: completions per episode. Tokens: per completion, per observation (its closing marker apart), and in all.
+    Deadlines in seconds: per call, per completion, per episode."""
+
+    max_turns: int
+    max_turn_tokens: int
+    max_observation_tokens: int
+    max_context_tokens: int
+    tool_deadline_s: float
+    turn_deadline_s: float
+    episode_deadline_s: float
+
+
+async def run_episode(
+    request: EpisodeRequest,
+    prompt: str,
+    *,
+    generate: GenerateFn,
+    call_tool: CallToolFn,
+    codec: Codec,
+    call_format: TextMarkers,
+    limits: Limits,
+    temperature: float,
+) -> Trajectory:
+    """Run one episode to its end.
+
+    Raises what `generate` raises (the harness failed: the episode has to be run again). What a tool does never raises:
+    a tool that fails, stalls or breaks costs a call, and its status says so.
+    """
+    episode = _Episode(Ledger(codec.encode_prompt(prompt), prompt), generate, call_tool, codec, call_format, limits, temperature)
+    started = time.monotonic()
+    episode.deadline = started + limits.episode_deadline_s
+    while episode.ledger.stop_reason is None:
+        await episode.turn()
+    ledger = episode.ledger
+    return Trajectory(
+        request=request,
+        token_ids=ledger.token_ids,
+        loss_mask=ledger.loss_mask,
+        rollout_logprobs=ledger.rollout_logprobs,
+        policy_versions=ledger.policy_versions,
+        segments=ledger.segments,
+        tool_calls=episode.tool_calls,
+        stop_reason=ledger.stop_reason,
+        num_turns=episode.num_turns,
+        duration_s=time.monotonic() - started,
+    )
+
+
+class _Episode:
+    def __init__(
+        self,
+        ledger: Ledger,
+        generate: GenerateFn,
+        call_tool: CallToolFn,
+        codec: Codec,
+        call_format: TextMarkers,
+        limits: Limits,
+        temperature: float,
+    ):
+        self.ledger = ledger
+        self.generate = generate
+        self.call_tool = call_tool
+        self.codec = codec
+        self.call_format = call_format
+        self.limits = limits
+        self.temperature = temperature
+        self.tool_calls: list[ToolCallRecord] = []
+        self.num_turns = 0
+        self.deadline = 0.0  # on the monotonic clock
+
+    def left_s(self) -> float:
+        return max(0.0, self.deadline - time.monotonic())
+
+    async def turn(self) -> None:
+        room = self.limits.max_context_tokens - len(self.ledger)
+        if room < 1:
+            return self.ledger.finish(StopReason.CONTEXT)
+        params = SamplingParams(self.temperature, min(self.limits.max_turn_tokens, room), self.call_format.stop)
+        budget_s = min(self.limits.turn_deadline_s, self.left_s())
+        try:
+            # A copy: the engine may keep what it is given, and the ledger grows.
+            completion = await asyncio.wait_for(self.generate(list(self.ledger.token_ids), params), budget_s)
+        except TimeoutError:
+            return self.ledger.finish(StopReason.TURN_DEADLINE if self.left_s() > 0 else StopReason.EPISODE_DEADLINE)
+        self.num_turns += 1
+        text = self.codec.decode(completion.token_ids)
+        parsed = self.call_format.parse(text)
+        self.ledger.append_completion(completion, text[: parsed.end], text[parsed.end :])
+        if (reason := self._ending(completion, parsed, room)) is not None:
+            return self.ledger.finish(reason)
+        results = await self._run_calls(parsed)
+        self._observe(parsed, results)
+
+    def _ending(self, completion: Completion, parsed: ParsedTurn, room: int) -> StopReason | None:
+        """The reason to stop after this completion, or None when it asks for a call that may be executed."""
+        if parsed.kind is TurnKind.SUBMIT:
+            return StopReason.SUBMITTED
+        if parsed.kind in (TurnKind.CALL, TurnKind.MALFORMED):
+            return StopReason.MAX_TURNS if self.num_turns >= self.limits.max_turns else None
+        if completion.finish_reason == "abort":
+            return StopReason.ABORTED
+        if completion.token_ids and completion.token_ids[-1] in self.codec.eos_token_ids:
+            return StopReason.EOS
+        if completion.finish_reason == "length":
+            return StopReason.CONTEXT if room <= self.limits.max_turn_tokens else StopReason.TURN_TOKENS
+        return StopReason.EOS  # the engine stopped at an end-of-text token that it does not return
+
+    async def _run_calls(self, parsed: ParsedTurn) -> list[tuple[RequestedCall, ToolResult]]:
+        """Run the turn's calls at once; results in the order of the calls."""
+        if parsed.kind is TurnKind.MALFORMED:
+            return [(RequestedCall("", ""), ToolResult(ToolStatus.BAD_ARGUMENTS, parsed.problem))]
+        results = await asyncio.gather(*(self._run_call(call) for call in parsed.calls))
+        return list(zip(parsed.calls, results, strict=True))
+
+    async def _run_call(self, call: RequestedCall) -> ToolResult:
+        budget_s = min(self.limits.tool_deadline_s, self.left_s())
+        started = time.monotonic()
+        try:
+            return await asyncio.wait_for(self.call_tool(ToolCall(call.tool, call.argument, budget_s)), budget_s)
+        except TimeoutError:
+            return ToolResult(ToolStatus.TIMEOUT, f"no answer within {budget_s:.3g} s", time.monotonic() - started)
+        except Exception as error:  # the harness, not the tool: shown as UNAVAILABLE, with no text of ours
+            log.warning("call of tool %r failed in the harness: %s: %s", call.tool, type(error).__name__, error)
+            return ToolResult(ToolStatus.UNAVAILABLE, "", time.monotonic() - started)
+
+    def _observe(self, parsed: ParsedTurn, results: list[tuple[RequestedCall, ToolResult]]) -> None:
+        """Record the calls and append what the policy is shown, or end the episode where that does not fit."""
+        token_ids: list[int] = []
+        for call, result in results:
+            shown, was_cut = self._cut(self.codec.encode(SHOWN[result.status].format_map({"text": result.text})))
+            token_ids += shown + self.codec.encode_markup(self.call_format.observation_end)
+            truncated = result.truncated or was_cut
+            self.tool_calls.append(
+                ToolCallRecord(
+                    self.num_turns, call.tool, call.argument, result.status, result.text, round(result.latency_s, 6), truncated
+                )
+            )
+        if len(self.ledger) + len(token_ids) + 1 > self.limits.max_context_tokens:
+            return self.ledger.finish(StopReason.CONTEXT)
+        self.ledger.append_observation(token_ids, self.codec.decode(token_ids))
+        if self.left_s() == 0:
+            self.ledger.finish(StopReason.EPISODE_DEADLINE)
+
+    def _cut(self, token_ids: list[int]) -> tuple[list[int], bool]:
+        limit = self.limits.max_observation_tokens
+        if len(token_ids) <= limit:
+            return token_ids, False
+        mark = self.codec.encode(self.call_format.cut)[:limit]
+        return token_ids[: limit - len(mark)] + mark, True

@@ -1,0 +1,73 @@
+"""What a tool is, what is asked of it and what comes back. Standard library only.
+
+Failure is data with a name: a call always ends in a `ToolResult`, and its `ToolStatus` says how. An error of the
+harness is never handed on as a tool's output text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+
+class ToolStatus(StrEnum):
+    OK = "ok"
+    TOOL_ERROR = "tool_error"  # the tool ran and reported an error of its own (division by zero, an exception)
+    TIMEOUT = "timeout"
+    OUTPUT_LIMIT = "output_limit"
+    MEMORY_LIMIT = "memory_limit"
+    UNKNOWN_TOOL = "unknown_tool"
+    BAD_ARGUMENTS = "bad_arguments"  # the call could not be understood
+    OVERLOADED = "overloaded"  # refused at once because the queue is full
+    UNAVAILABLE = "unavailable"  # the infrastructure failed: never the policy's fault
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """One request to one tool.
+
+    tool: the name under which the tool is served.
+    argument: the raw text between the call markers.
+    deadline_s: seconds from now after which the caller no longer waits.
+    """
+
+    tool: str
+    argument: str
+    deadline_s: float = 10.0
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    """How one call ended.
+
+    status: see `ToolStatus`.
+    text: the tool's output when status is OK, otherwise a short reason that the policy may be shown.
+    latency_s: seconds between the request and this result, as the caller saw them.
+    truncated: the tool itself cut its output.
+    """
+
+    status: ToolStatus
+    text: str
+    latency_s: float = 0.0
+    truncated: bool = False
+
+
+class Tool(Protocol):
+    """A tool as the service runs it. `__call__` may raise `ToolError`; anything else it raises is reported as TOOL_ERROR
+    with the exception's class name, and never reaches another caller."""
+
+    name: str
+    description: str
+    idempotent: bool  # may be run again when a replica dies in mid-call
+
+    def __call__(self, argument: str) -> str: ...
+
+
+class ToolError(Exception):
+    """An error that the tool itself reports, with a message that the policy may be shown."""
+
+    def __init__(self, message: str, status: ToolStatus = ToolStatus.TOOL_ERROR):
+        super().__init__(message, status)
+        self.message = message
+        self.status = status
