@@ -1,0 +1,51 @@
+"""The Ray shell of one learner rank: `ray.remote(LearnerActor).options(...).remote(config, policy_dir, rank, world_size)`.
+
+Order: rank 0 `rendezvous()`, then `start(address)` on every rank at once (a single rank needs no address), then the rest. Every
+method from `start` on, except `policy_version`, must be called on all ranks at once.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+
+from toolrl_ray.config import RunConfig
+from toolrl_ray.types import Trajectory
+
+
+class LearnerActor:
+    def __init__(self, config: RunConfig, policy_dir: str, rank: int = 0, world_size: int = 1):
+        os.environ["OMP_NUM_THREADS"] = str(config.learner.num_threads)  # read when torch is first imported
+        self.config, self.policy_dir, self.rank, self.world_size = config, policy_dir, rank, world_size
+
+    def rendezvous(self) -> str:
+        """An address of this node, "tcp://ip:port", for all ranks' `start`."""
+        import ray
+
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+
+    def start(self, init_method: str | None = None) -> None:
+        import torch
+
+        from toolrl_ray.learner.update import Learner
+
+        torch.set_num_threads(self.config.learner.num_threads)
+        self.learner = Learner(self.config, self.policy_dir, self.rank, self.world_size, init_method)
+
+    def update(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        return self.learner.update(trajectories)
+
+    def policy_version(self) -> int:
+        return self.learner.policy_version
+
+    def logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        return self.learner.logprobs(token_ids)
+
+    def weights_metadata(self) -> list[tuple[str, tuple[int, ...], str]]:
+        return self.learner.weights_metadata()
+
+    def save_policy(self, directory: str, tokenizer_dir: str) -> None:
+        self.learner.save_policy(directory, tokenizer_dir)

@@ -1,0 +1,125 @@
+"""What turns losses into weights: the plain PyTorch engine, and what it shares with the DeepSpeed engine.
+
+Both have the same small surface, `Engine`. Losses that go to `backward` are already divided by the number of trained tokens of
+the whole minibatch, over all ranks and microbatches, so an engine adds gradients up and never averages.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from toolrl_ray.config import LearnerConfig
+from toolrl_ray.errors import PlacementError
+from toolrl_ray.learner.model import PolicyWithValue
+
+Forward = Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]  # called as PolicyWithValue.forward
+
+
+class Engine(Protocol):
+    """One rank's share of the optimisation. Under ZeRO-3 every method but `lr` and `weights_metadata` is a collective."""
+
+    module: PolicyWithValue
+    device: torch.device
+    lr: float  # of the last step, or of the first one to come
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Adds one microbatch's gradients; `is_last` marks the last microbatch before `step`."""
+
+    def step(self) -> float:
+        """Clips, updates, clears the gradients. Returns the global gradient norm before clipping."""
+
+    def frozen(self, module: PolicyWithValue) -> Forward:
+        """A forward of a model that is never trained (the reference), placed as this engine places models."""
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, full tensor) of the policy, tied weights once. A tensor is valid until the next is asked for."""
+
+    def weights_metadata(self) -> list[tuple[str, tuple[int, ...], str]]:
+        """(name, full shape, dtype name such as "float32") in the order of `named_weights`."""
+
+    def all_sum(self, x: Tensor) -> Tensor:
+        """Sum over ranks, as a new tensor."""
+
+
+def learner_device(config: LearnerConfig) -> torch.device:
+    if config.num_gpus == 0:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise PlacementError(f"learner.num_gpus={config.num_gpus:g}, but PyTorch sees no GPU here; set learner.num_gpus=0 to train on CPU")
+    return torch.device("cuda", 0)
+
+
+def make_optimizer(module: nn.Module, config: LearnerConfig) -> torch.optim.AdamW:
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return torch.optim.AdamW(parameters, lr=config.lr, betas=config.adam_betas, weight_decay=config.weight_decay)
+
+
+def warmed_up_lr(config: LearnerConfig, step: int) -> float:
+    """Learning rate of optimiser step 0, 1, ...: linear up to config.lr, which step warmup_steps - 1 is the first to have."""
+    return config.lr * min(1.0, (step + 1) / max(1, config.warmup_steps))
+
+
+def policy_tensors(lm: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and persistent buffers under their state-dict names; a tied weight appears under its first name only."""
+    first_name: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in lm.state_dict(keep_vars=True).items():
+        first_name.setdefault(id(tensor), (name, tensor))
+    return list(first_name.values())
+
+
+def tensor_metadata(name: str, tensor: Tensor) -> tuple[str, tuple[int, ...], str]:
+    shape = getattr(tensor, "ds_shape", tensor.shape)  # under ZeRO-3 the parameter itself is empty
+    return name, tuple(shape), str(tensor.dtype).removeprefix("torch.")
+
+
+class TorchEngine:
+    """One process, no DeepSpeed: for `--in-process`. Weights stay float32; with dtype bfloat16 the forward is autocast."""
+
+    def __init__(self, module: PolicyWithValue, config: LearnerConfig, dtype: str = "float32"):
+        self.device = learner_device(config)
+        self.module = module.to(self.device)
+        self.config = config
+        self.optimizer = make_optimizer(module, config)
+        self.lr = warmed_up_lr(config, 0)
+        self._step = itertools.count()
+        self._autocast = dtype == "bfloat16"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self._forward(self.module, *args, **kwargs)
+
+    def _forward(self, module: PolicyWithValue, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            return module(*args, **kwargs)
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        loss.backward()
+
+    def step(self) -> float:
+        self.lr = warmed_up_lr(self.config, next(self._step))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(norm)
+
+    def frozen(self, module: PolicyWithValue) -> Forward:
+        module = module.requires_grad_(False).to(self.device)
+        return lambda *args, **kwargs: self._forward(module, *args, **kwargs)
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in policy_tensors(self.module.lm):
+            yield name, tensor.detach()
+
+    def weights_metadata(self) -> list[tuple[str, tuple[int, ...], str]]:
+        return [tensor_metadata(name, tensor) for name, tensor in policy_tensors(self.module.lm)]
+
+    def all_sum(self, x: Tensor) -> Tensor:
+        return x.clone()

@@ -1,0 +1,157 @@
+"""The policy with its value function.
+
+Letters: B = rows, L = tokens of the longest row, N = selected (trained) tokens, H = hidden width, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from toolrl_ray.algos.losses import entropy_from_logits, logprobs_from_logits
+from toolrl_ray.errors import UserError
+
+Critic = Literal["none", "shared", "separate"]
+HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+
+
+class ValueHead(nn.Module):
+    """Linear(H, 1), zero at first so that the first returns are compared with 0. Computes in float32 whatever the dtype of its
+    input or (mixed precision) of its weights."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, hidden_size))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [N, H] -> values [N], float32."""
+        return functional.linear(hidden.float(), self.weight.float(), self.bias.float()).squeeze(-1)
+
+
+class PolicyWithValue(nn.Module):
+    """A Hugging Face causal LM and, unless critic is "none", a value head on its trunk or on a trunk of its own.
+
+    Logits are computed only at the selected positions, for any model and without losing its own scaling or soft-capping of
+    logits: a hook in front of the output embedding replaces hidden [B, L, H] by the selected [1, N, H]. The hook sleeps
+    outside `forward`, so `lm` itself stays usable for generation.
+
+    temperature: of the sampler; logprobs and entropies are those of softmax(logits / temperature), the distribution that the
+        rollout sampled from.
+    entropy_grad: let gradients flow through the entropy (an entropy bonus is in use).
+    """
+
+    def __init__(
+        self,
+        lm: nn.Module,
+        critic: Critic = "shared",
+        critic_trunk: nn.Module | None = None,
+        temperature: float = 1.0,
+        entropy_grad: bool = False,
+    ):
+        super().__init__()
+        if (critic == "separate") != (critic_trunk is not None):
+            raise ValueError(f"critic={critic!r} contradicts critic_trunk={type(critic_trunk).__name__}")
+        self.lm = lm
+        self.critic_trunk = critic_trunk
+        output = lm.get_output_embeddings()
+        self.value_head = None if critic == "none" else ValueHead(output.weight.shape[1])
+        self.temperature = temperature
+        self.entropy_grad = entropy_grad
+        self._selection: tuple[Tensor, Tensor] | None = None
+        self._hidden: Tensor | None = None
+        output.register_forward_pre_hook(self._select)
+
+    def _select(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self._selection is None:
+            return None
+        rows, positions = self._selection
+        self._hidden = args[0][rows, positions]
+        return (self._hidden.unsqueeze(0), *args[1:])
+
+    def forward(
+        self, input_ids: Tensor, rows: Tensor, positions: Tensor, entropy: bool = True
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Logprobs, entropies and values at the selected positions, each float32 [N]; N may be 0.
+
+        input_ids: [B, L], right-padded with any id. There is no attention mask: under causal attention a token never sees the
+            padding to its right, and without a mask the fast causal kernel is taken.
+        rows, positions: [N]; the trained token is input_ids[rows, positions + 1].
+        entropy: False leaves the entropies out (None). Values are None where critic is "none".
+        """
+        self._selection = rows, positions
+        try:
+            logits = self.lm(input_ids=input_ids, use_cache=False).logits
+            hidden = self._hidden
+        finally:
+            self._selection = self._hidden = None
+        logits = logits.squeeze(0).float() / self.temperature  # [N, V]
+        logprobs = logprobs_from_logits(logits, input_ids[rows, positions + 1])
+        entropies = None
+        if entropy:
+            with torch.set_grad_enabled(self.entropy_grad and torch.is_grad_enabled()):
+                entropies = entropy_from_logits(logits)
+        if self.value_head is None:
+            return logprobs, entropies, None
+        if self.critic_trunk is not None:
+            hidden = self.critic_trunk(input_ids=input_ids, use_cache=False).last_hidden_state[rows, positions]
+        return logprobs, entropies, self.value_head(hidden)
+
+
+def load_policy(path: str, dtype: str) -> nn.Module:
+    """The causal LM in the folder (or of the Hub name) `path`, every dropout rate 0, in training mode.
+
+    Raises UserError with one line where there is no complete model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    return _load(AutoModelForCausalLM, path, dtype)
+
+
+def load_trunk(path: str, dtype: str) -> nn.Module:
+    """The same model without its output embedding, as the trunk of a separate critic. Raises as `load_policy` does."""
+    from transformers import AutoModel
+
+    return _load(AutoModel, path, dtype)
+
+
+def load_config(path: str) -> Any:
+    """The Hugging Face configuration in `path`. Raises UserError with one line."""
+    from transformers import AutoConfig
+
+    if not Path(path).is_dir() and not HUB_NAME.fullmatch(path):
+        raise UserError(f"policy.path={path!r}: no such folder; give a Hugging Face model folder, a Hub name, or tiny")
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise UserError(f"policy.path={path!r}: the folder has no config.json; give a Hugging Face model folder")
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(_not_loadable(path, error)) from None
+
+
+def _load(auto_class: Any, path: str, dtype: str) -> nn.Module:
+    from safetensors import SafetensorError
+    from transformers.utils import logging
+
+    config = load_config(path)
+    for key, value in config.to_dict().items():
+        if "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)  # ratios are only right without dropout
+    logging.disable_progress_bar()
+    try:
+        model, info = auto_class.from_pretrained(path, config=config, dtype=getattr(torch, dtype), output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise UserError(_not_loadable(path, error)) from None
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"policy.path={path!r}: {len(missing)} weights are missing, {missing[0]} among them; give a complete model folder")
+    return model.train()
+
+
+def _not_loadable(path: str, error: Exception) -> str:
+    first = next(iter(str(error).splitlines()), "")
+    return f"policy.path={path!r} is not a model that transformers can load ({type(error).__name__}: {first[:120]})"
