@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from tools_service.executor import Executor, UnhealthyTool
+from tools_service.protocol import ToolError, ToolStatus
+from tools_service.runner import MAX_OUTPUT_CHARS, builtin_tools, run_tool, tool_info
+
+
+class Scripted:
+    """A tool that does what its argument says. "stall" waits until `release`."""
+
+    name, description, idempotent, max_batch = "Scripted", "for tests", True, 8
+
+    def __init__(self):
+        self.release = threading.Event()
+        self.ran: list[str] = []
+
+    def __call__(self, argument):
+        self.ran.append(argument)
+        match argument:
+            case "error":
+                raise ToolError("no such thing")
+            case "bad":
+                raise ToolError("unreadable", ToolStatus.BAD_ARGUMENTS)
+            case "lie":
+                raise ToolError("all is well", ToolStatus.OK)
+            case "crash":
+                raise KeyError("secret detail")
+            case "exit":
+                raise SystemExit(1)
+            case "none":
+                return None
+            case "long":
+                return "x" * (MAX_OUTPUT_CHARS + 1)
+            case "stall":
+                assert self.release.wait(60)
+        return argument
+
+
+@pytest.mark.parametrize(
+    ("argument", "status", "text"),
+    [
+        ("fine", ToolStatus.OK, "fine"),
+        ("", ToolStatus.OK, ""),
+        ("error", ToolStatus.TOOL_ERROR, "no such thing"),
+        ("bad", ToolStatus.BAD_ARGUMENTS, "unreadable"),
+        ("lie", ToolStatus.TOOL_ERROR, "all is well"),
+        ("crash", ToolStatus.TOOL_ERROR, "the tool failed with KeyError"),
+        ("exit", ToolStatus.TOOL_ERROR, "the tool failed with SystemExit"),
+        ("none", ToolStatus.TOOL_ERROR, "the tool returned NoneType instead of text"),
+    ],
+)
+def test_every_end_of_a_tool_is_a_named_result(argument, status, text):
+    result = run_tool(Scripted(), argument)
+    assert (result.status, result.text, result.truncated) == (status, text, False)
+    assert result.latency_s >= 0
+
+
+def test_endless_output_is_cut_and_marked():
+    result = run_tool(Scripted(), "long")
+    assert result.status is ToolStatus.OK and len(result.text) == MAX_OUTPUT_CHARS and result.truncated
+
+
+def test_builtin_tools_carry_their_own_names_and_answer_their_probes():
+    for name, factory in builtin_tools().items():
+        tool = factory()
+        assert tool_info(tool).name == name
+        assert run_tool(tool, tool.probe).status is ToolStatus.OK
+
+
+def test_a_tool_that_must_not_run_twice_cannot_share_requests():
+    tool = Scripted()
+    tool.idempotent = False
+    with pytest.raises(ValueError, match="max_batch=8 contradicts idempotent=False"):
+        tool_info(tool)
+
+
+def test_a_batch_is_answered_in_order():
+    results = asyncio.run(Executor(Scripted(), 4).run([("a", 5.0), ("error", 5.0), ("b", 5.0)]))
+    assert [r and r.text for r in results] == ["a", "no such thing", "b"]
+
+
+def test_a_stalled_call_in_a_batch_sends_the_unfinished_calls_back_and_the_later_ones_never_begin():
+    tool = Scripted()
+
+    async def scenario():
+        executor = Executor(tool, 4)
+        results = await executor.run([("a", 60.0), ("stall", 60.0), ("b", 60.0)])
+        tool.release.set()
+        again = await executor.run([("b", 5.0)])
+        return results, again
+
+    results, again = asyncio.run(scenario())
+    assert [r and r.text for r in results] == ["a", None, None]
+    assert again[0] is not None and again[0].text == "b"
+    assert tool.ran.count("b") == 1
+
+
+def test_a_stalled_call_alone_is_answered_at_its_deadline_and_makes_the_tool_unhealthy():
+    tool = Scripted()
+
+    async def scenario():
+        executor = Executor(tool, 2)
+        [first] = await executor.run([("stall", 0.05)])
+        with pytest.raises(UnhealthyTool, match="1 of 2 threads run past their deadline"):
+            await executor.check()
+        [_] = await executor.run([("stall", 0.05)])
+        [refused] = await executor.run([("a", 5.0)])
+        tool.release.set()
+        return first, refused
+
+    first, refused = asyncio.run(scenario())
+    assert first is not None and first.status is ToolStatus.TIMEOUT
+    assert refused is not None and refused.status is ToolStatus.OVERLOADED
+    assert "a" not in tool.ran
+
+
+def test_a_call_whose_deadline_passed_before_its_turn_is_not_run():
+    tool = Scripted()
+    results = asyncio.run(Executor(tool, 2).run([("a", 5.0), ("b", -1.0)]))
+    assert [r and r.status for r in results] == [ToolStatus.OK, ToolStatus.TIMEOUT]
+    assert tool.ran == ["a"]
+
+
+def test_health_is_a_real_call_of_the_probe():
+    tool = Scripted()
+    tool.probe = "fine"
+    asyncio.run(Executor(tool, 2).check())
+    assert tool.ran == ["fine"]
+    tool.probe = "crash"
+    with pytest.raises(UnhealthyTool, match="'crash' ended in tool_error: the tool failed with KeyError"):
+        asyncio.run(Executor(tool, 2).check())
+
+
+def test_the_service_imports_nothing_of_the_training_side():
+    code = (
+        "import sys, tools_service.serve_app, tools_service.runner\n"
+        "bad = {'toolrl_ray', 'torch', 'vllm', 'transformers', 'ray', 'pydantic', 'numpy'} & set(sys.modules)\n"
+        "print(sorted(bad)); sys.exit(bool(bad))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
