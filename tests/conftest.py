@@ -1,0 +1,56 @@
+"""What every test shares: no network, no usage reports, and where real data lie (`TOOLRL_DATA`, or ../shared/data)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+for name, value in {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+}.items():
+    os.environ.setdefault(name, value)
+
+GPU = Path("/dev/nvidiactl")
+
+
+def data_dir() -> Path | None:
+    """The folder with real data (gsm8k/, tokenizers/), or None where there is none: tests pass without it."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("TOOLRL_DATA") or default)
+    return folder if folder.is_dir() else None
+
+
+def data_file(*parts: str) -> Path | None:
+    """A file of the real data, or None where it is missing."""
+    folder = data_dir()
+    path = folder.joinpath(*parts) if folder else None
+    return path if path and path.exists() else None
+
+
+@pytest.fixture(scope="session")
+def gsm8k_calculator() -> Path:
+    """JSON lines with `expr`, `result`, `split`: the expressions annotated in GSM8K."""
+    path = data_file("gsm8k", "calculator.jsonl")
+    if path is None:
+        pytest.skip("no gsm8k/calculator.jsonl; set TOOLRL_DATA to the folder that holds it")
+    return path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(here / "gpu"):
+            item.add_marker(pytest.mark.gpu)
+            if not GPU.exists():
+                item.add_marker(pytest.mark.skip(reason=f"no NVIDIA GPU here; runs where {GPU} exists"))

