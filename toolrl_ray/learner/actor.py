@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
+from typing import Any
 
 from toolrl_ray.config import RunConfig
 from toolrl_ray.types import Trajectory
@@ -49,3 +50,17 @@ class LearnerActor:
 
     def save_policy(self, directory: str, tokenizer_dir: str) -> None:
         self.learner.save_policy(directory, tokenizer_dir)
+
+    def connect_weights(self, backend: str, rollout_actors: list[Any]) -> None:
+        import ray
+
+        from toolrl_ray.weights.client import RayWeightClient
+        from toolrl_ray.weights.trainer import make_sender
+
+        self.client = RayWeightClient(rollout_actors, self.config.weights.timeout_s)
+        address = ray.util.get_node_ip_address()
+        self.sender = make_sender(backend, self.client, self.learner, self.rank, len(rollout_actors), address)
+
+    def send_weights(self, policy_version: int) -> None:
+        self.client.policy_version = policy_version
+        self.sender.send()

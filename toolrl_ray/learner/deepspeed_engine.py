@@ -79,11 +79,12 @@ class DeepSpeedEngine:
         self.lr = warmed_up_lr(self.config, next(self._step))
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.lr
-        # Plain data parallelism in float32 clips without telling the norm.
-        own = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None]) if self.config.zero_stage == 0 else 0.0
+        norm = None
+        if self.config.zero_stage == 0:  # in float32 it clips without telling the norm
+            norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
         self.engine.step()
         told = self.engine.get_global_grad_norm()
-        return float(own if told is None else told)
+        return float(norm if told is None else told)
 
     def frozen(self, module: PolicyWithValue) -> Forward:
         module.requires_grad_(False)

@@ -1,0 +1,103 @@
+"""The DeepSpeed learner, ZeRO 0 to 3 on one and on two gloo ranks, against the plain PyTorch one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from learner_ranks import CASES, ONE_RANK, case_config, free_address, rank_main, run_case
+from learner_synthetic import NoiseWatch, save_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from toolrl_ray.learner.update import Learner
+
+WORLDS = (1, 2)
+STAGES = range(4)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for kind in ("tied", "untied"):
+        save_model(folder / kind, kind)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(models, tmp_path_factory):
+    """{number of ranks: (folder, [results of each rank])}."""
+    results = {}
+    for world_size in WORLDS:
+        out = tmp_path_factory.mktemp(f"world{world_size}")
+        torch.multiprocessing.spawn(rank_main, (world_size, free_address(), str(models), str(out)), nprocs=world_size)
+        results[world_size] = out, [torch.load(out / f"rank{rank}.pt") for rank in range(world_size)]
+    return results
+
+
+@pytest.fixture(scope="module")
+def plain(models):
+    """{case: (learner on plain PyTorch after its updates, their metrics, where rounding noise moved its weights)}."""
+    torch.set_num_threads(1)
+    results = {}
+    for name, (model, _, _) in CASES.items():
+        learner = Learner(case_config(name), str(models / model), in_process=True)
+        watch = NoiseWatch(learner)
+        results[name] = learner, run_case(learner, name), watch
+    return results
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("world_size", "name"), [(1, name) for name in ONE_RANK] + [(2, name) for name in CASES])
+def test_three_updates_give_the_weights_of_plain_pytorch(world_size, name, stage, ranks, plain):
+    learner, metrics, watch = plain[name]
+    got = ranks[world_size][1][0][name, stage]
+    want = {key: tensor.clone() for key, tensor in learner.named_weights()}
+    whole = max(float((got["weights"][key] - want[key]).abs().max()) for key in want)
+    assert max(float((want[key] - got["before"][key]).abs().max()) for key in want) > 1e-4  # it did learn
+    assert watch.distance(want, got["weights"]) < 1e-5, f"{whole:.1e} with the noise, which is {watch.share():.1e} of the weights"
+    assert got["logprobs"] == pytest.approx(learner.logprobs([5, 4, 3, 2, 1]), abs=1e-4)
+    assert got["version"] == 3
+    for a, b in zip(got["metrics"], metrics, strict=True):
+        assert a == pytest.approx(b | {"time/learner_update_s": a["time/learner_update_s"]}, abs=1e-4, rel=1e-4)
+
+
+def test_the_cases_are_what_they_claim_to_be(plain, ranks):
+    for name, num_updates in {"stopped": 1, "stopped at once": 1, "gae": 4}.items():
+        assert [(m["ppo/num_updates"], m["ppo/num_skipped_updates"]) for m in plain[name][1]] == [(num_updates, 4 - num_updates)] * 3
+    assert all(m["ppo/grad_norm"] > 0.05 for m in plain["separate critic"][1])
+    assert [ranks[2][1][0]["gae", stage]["partitioned"] for stage in STAGES] == [False, False, False, True]
+    assert max(watch.share("lm.") for name, (_, _, watch) in plain.items() if name != "batch of one") < 1e-2
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", CASES)
+def test_all_ranks_report_the_same_metrics_and_hold_the_same_weights(name, stage, ranks):
+    a, b = (results[name, stage] for results in ranks[2][1])
+    for x, y in zip(a["metrics"], b["metrics"], strict=True):
+        assert {k: v for k, v in x.items() if not k.startswith("time/")} == {k: v for k, v in y.items() if not k.startswith("time/")}
+    assert a["weights"].keys() == b["weights"].keys() and all(torch.equal(a["weights"][k], b["weights"][k]) for k in a["weights"])
+    assert a["logprobs"] == b["logprobs"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", ["gae", "one microbatch"])  # tied and untied
+def test_named_weights_are_complete_under_their_checkpoint_names(name, stage, ranks, models):
+    got = ranks[2][1][0][name, stage]
+    stored = load_file(models / CASES[name][0] / "model.safetensors")
+    assert set(got["before"]) == set(stored) and ("lm_head.weight" in stored) == (name == "one microbatch")
+    assert all(torch.equal(got["before"][key], stored[key]) for key in stored)
+    assert got["metadata"] == [(key, tuple(t.shape), "float32") for key, t in got["before"].items()]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", ["gae", "one microbatch"])
+def test_a_saved_policy_has_the_logits_of_the_trained_one(name, stage, ranks, models):
+    out, results = ranks[2]
+    loaded = AutoModelForCausalLM.from_pretrained(out / f"{name}-{stage}")
+    trained = AutoModelForCausalLM.from_pretrained(models / CASES[name][0])
+    missing = trained.load_state_dict(results[0][name, stage]["weights"], strict=False).missing_keys
+    assert missing == (["lm_head.weight"] if name == "gae" else [])
+    ids = torch.tensor([[5, 4, 3, 2, 1]])
+    assert torch.equal(loaded(ids).logits, trained(ids).logits)
+    logprobs = loaded(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    assert logprobs.tolist() == pytest.approx(results[0][name, stage]["logprobs"], abs=1e-5)
