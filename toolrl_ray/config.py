@@ -134,7 +134,7 @@ class AlgoConfig(Section):
 
 class LearnerConfig(Section):
     num_ranks: int = Field(1, ge=1)
-    num_cpus: float = Field(1, ge=0)  # per LearnerActor
+    num_cpus: float = Field(0.5, ge=0)  # per LearnerActor
     num_gpus: float = Field(0, ge=0)
     zero_stage: Literal[0, 1, 2, 3] = 0
     lr: float = Field(1e-3, gt=0)

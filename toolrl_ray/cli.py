@@ -1,0 +1,217 @@
+"""The `toolrl` command. Heavy imports stay inside the commands, so that `--help` and a wrong key answer at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from toolrl_ray.errors import ToolRLError, UserError
+
+EXIT_ERROR, EXIT_USER, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived: unwind as for Ctrl-C, so that nothing stays behind."""
+
+
+def say(line: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {line}", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parse(arguments)
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        return options.run(options)
+    except UserError as error:
+        print(f"toolrl: {error}", file=sys.stderr)
+        return EXIT_USER
+    except ToolRLError as error:
+        if options.verbose:
+            raise
+        print(f"toolrl: {type(error).__name__}: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("toolrl: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Terminated:
+        print("toolrl: terminated", file=sys.stderr)
+        return EXIT_TERMINATED
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)  # argparse itself gives up on overrides behind an option
+    unknown = [text for text in rest if text.startswith("-") or not hasattr(options, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        options.overrides += rest
+    return options
+
+
+def _on_sigterm(signum: int, frame: Any) -> None:
+    raise Terminated
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="toolrl", description="Teach language models to use tools by reinforcement learning.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str, *, recipe: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        sub.add_argument("--verbose", action="store_true", help="show the logs of all processes, and tracebacks")
+        if recipe:
+            sub.add_argument("recipe", help="name of a recipe, or a path to a .yaml file")
+            sub.add_argument("overrides", nargs="*", metavar="key.path=value", help="for example train.num_steps=10")
+        return sub
+
+    train = command("train", _train, "Train a policy by a recipe.")
+    train.add_argument("--in-process", action="store_true", help="no Ray, one process: for debugging")
+    evaluate = command("eval", _eval, "Evaluate a policy on a recipe's held-out tasks.")
+    evaluate.add_argument("--policy", metavar="DIR_OR_HUB_NAME", help="default: the recipe's own policy")
+    evaluate.add_argument("--json", metavar="FILE", help="write the result there too")
+    evaluate.add_argument("--in-process", action="store_true", help="no Ray, one process")
+    command("bootstrap", _bootstrap, "Make and warm-start the tiny policy of a recipe; prints its folder.")
+    submit = command("submit", _submit, "Submit `toolrl train` as a Ray job.")
+    submit.add_argument("--address", help="of the Ray dashboard, default: RAY_ADDRESS or http://127.0.0.1:8265")
+    submit.add_argument("--no-wait", action="store_true", help="do not follow the job's output")
+    doctor = command("doctor", _doctor, "Show what this machine can run, and how to close each gap.", recipe=False)
+    doctor.set_defaults(recipe=None)
+    return parser
+
+
+def _load(options: argparse.Namespace) -> Any:
+    from toolrl_ray import config
+
+    return config.load(options.recipe, options.overrides)
+
+
+def _policy_dir(config: Any) -> str:
+    """The policy's folder or Hub name; makes the tiny policy when the recipe asks for it."""
+    if config.policy.path != "tiny":
+        from toolrl_ray.learner.model import load_config
+
+        load_config(config.policy.path)
+        return config.policy.path
+    from toolrl_ray.bootstrap.build import ensure_tiny_policy
+
+    return str(ensure_tiny_policy(config, say))
+
+
+def _check(config: Any) -> None:
+    """What can be wrong without starting anything: tools, tasks, the policy's folder."""
+    from toolrl_ray.tasks.calculator import load_tasks
+    from toolrl_ray.tools.local import check_names
+
+    check_names(config.tools.names)
+    load_tasks(config.task)
+    if config.policy.path != "tiny":
+        _policy_dir(config)
+
+
+def _with_parts(config: Any, options: argparse.Namespace, learner: bool, use: Any) -> Any:
+    """Run `use(parts, policy_dir)` on Ray or in this process, and take everything down afterwards, whatever happens."""
+    _check(config)
+    if options.in_process:
+        from toolrl_ray.in_process import in_process_parts
+
+        policy_dir = _policy_dir(config)
+        parts = in_process_parts(config, policy_dir, learner=learner)
+        try:
+            return use(parts, policy_dir)
+        finally:
+            parts.close()
+    from toolrl_ray import cluster
+
+    try:
+        cluster.connect(config, say, learner=learner, verbose=options.verbose)
+        policy_dir = _policy_dir(config)
+        parts = cluster.ray_parts(config, policy_dir, say, learner=learner)
+        try:
+            return use(parts, policy_dir)
+        finally:
+            parts.close()
+    finally:
+        cluster.disconnect()
+
+
+def _new_run_dir(config: Any) -> Path:
+    run_dir = Path(config.run_dir or f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
+    if run_dir.exists() and any(run_dir.iterdir()):
+        raise UserError(f"run_dir={str(run_dir)!r} exists and is not empty; choose another folder or remove it")
+    return run_dir
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = _load(options)
+    run_dir = _new_run_dir(config)
+    say(f"recipe {config.recipe}, seed {config.seed}, run folder {run_dir}")
+
+    def use(parts: Any, policy_dir: str) -> dict[str, Any]:
+        from toolrl_ray.driver import Run
+
+        return Run(config, run_dir, policy_dir, say).train(parts)
+
+    summary = _with_parts(config, options, True, use)
+    from toolrl_ray.tracking.summary import render
+
+    print(f"\n{render(summary)}", flush=True)
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    config = _load(options)
+    if options.policy:
+        config = config.model_copy(update={"policy": config.policy.model_copy(update={"path": options.policy})})
+
+    def use(parts: Any, policy_dir: str) -> dict[str, float]:
+        from toolrl_ray.driver import evaluate
+        from toolrl_ray.tasks.calculator import load_tasks
+
+        return evaluate(config, parts, load_tasks(config.task)[1], "eval")[0]
+
+    result = _with_parts(config, options, False, use)
+    width = max(map(len, result))
+    for key, value in result.items():
+        print(f"{key:<{width}}  {value:,.4g}")
+    if options.json:
+        record = {"recipe": config.recipe, "policy": config.policy.path, "seed": config.seed, **result}
+        aside = Path(f"{options.json}.writing")
+        aside.write_text(json.dumps(record, indent=1) + "\n")
+        os.replace(aside, options.json)
+    return 0
+
+
+def _bootstrap(options: argparse.Namespace) -> int:
+    config = _load(options)
+    if config.policy.path != "tiny":
+        raise UserError(f"policy.path={config.policy.path!r} needs no bootstrap; only policy.path=tiny is made here")
+    print(_policy_dir(config))
+    return 0
+
+
+def _submit(options: argparse.Namespace) -> int:
+    _load(options)  # a wrong recipe or key fails here, not on the cluster
+    from toolrl_ray.submit import submit
+
+    return submit(options.address, [options.recipe, *options.overrides], wait=not options.no_wait, say=say)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from toolrl_ray import doctor
+
+    checks = doctor.report()
+    print(doctor.render(checks))
+    return doctor.exit_code(checks)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""The loop of a run.
+
+```
+ tasks/        rollout                       driver                    learner
+ Task -------> collect: generate <-> tool -> Trajectories ----------> update (algos/)
+                  ^                                                      |
+                  +------------------- weights.sync <--------------------+ policy_version n+1
+```
+
+Synchronous: one collection, one update, one weight sync, again. Who waits for whom:
+
+| waits | for | unblocked by |
+|---|---|---|
+| driver | rollout.collect | every episode finished; rollout.collect_timeout_s |
+| an episode | its completion, its tool calls | the engine, the tool; episode.*_deadline_s |
+| driver | learner.update | all ranks; learner.update_timeout_s |
+| driver | weights.sync | pause, send, resume of every engine; weights.timeout_s each |
+
+Shutdown: whatever ends the loop (the last step, an error, Ctrl-C, SIGTERM), `Parts.close` kills the actors, removes the run's
+tools and its placement group; the files of the run folder are whole up to the last finished step. The driver knows the parts
+by what they do, never how they do it: `cluster.py` builds them on Ray, `in_process.py` builds them in this process.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from toolrl_ray import config as configuration
+from toolrl_ray.config import RunConfig
+from toolrl_ray.evaluation import eval_result, rollout_metrics
+from toolrl_ray.tasks.calculator import TaskStream, load_tasks
+from toolrl_ray.tracking.metrics import MetricsWriter
+from toolrl_ray.tracking.trajectories import TrajectoryWriter
+from toolrl_ray.tracking.wandb_log import WandbTracker
+from toolrl_ray.types import EpisodeRequest, Task, Trajectory
+
+Say = Callable[[str], None]
+
+
+class Rollout(Protocol):
+    num_restarts: int
+    num_rerun: int
+
+    def collect(self, requests: list[EpisodeRequest], *, temperature: float, max_in_flight: int | None = None) -> list[Trajectory]: ...
+    def tool_stats(self) -> dict[str, float]: ...
+
+
+class Learner(Protocol):
+    def update(self, trajectories: list[Trajectory]) -> dict[str, float]: ...
+    def save_policy(self, directory: str, tokenizer_dir: str) -> None: ...
+
+
+class Weights(Protocol):
+    backend: str
+
+    def sync(self, policy_version: int) -> dict[str, float]: ...
+
+
+@dataclass
+class Parts:
+    """What a run is made of. learner and weights are None for an evaluation."""
+
+    rollout: Rollout
+    learner: Learner | None
+    weights: Weights | None
+    close: Callable[[], None]
+
+
+def evaluate(config: RunConfig, parts: Parts, tasks: list[Task], label: str) -> tuple[dict[str, float], list[Trajectory]]:
+    """Run the first eval.num_tasks held-out tasks once each, at eval.temperature."""
+    requests = [EpisodeRequest(f"eval-{label}:{task.id}", task.id, task) for task in tasks[: config.eval.num_tasks]]
+    started = time.monotonic()
+    trajectories = parts.rollout.collect(requests, temperature=config.eval.temperature, max_in_flight=config.eval.max_in_flight)
+    return eval_result(trajectories, time.monotonic() - started), trajectories
+
+
+def requests_for(step: int, tasks: list[Task], group_size: int) -> list[EpisodeRequest]:
+    return [
+        EpisodeRequest(f"{step}:{row}:{member}", f"{step}:{row}", task) for row, task in enumerate(tasks) for member in range(group_size)
+    ]
+
+
+class Run:
+    """One training run and its folder."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, policy_dir: str, say: Say):
+        self._config = config
+        self._dir = run_dir
+        self._policy_dir = policy_dir
+        self._say = say
+        self._evals: dict[str, Any] = {}
+        self._totals = {"episodes": 0.0, "tokens": 0.0, "rollout_s": 0.0}
+
+    def train(self, parts: Parts) -> dict[str, Any]:
+        """The whole run; returns the summary that `tracking.summary.render` shows."""
+        config = self._config
+        assert parts.learner is not None and parts.weights is not None
+        train_tasks, heldout = load_tasks(config.task)
+        stream = TaskStream(train_tasks, config.seed)
+        self._dir.mkdir(parents=True, exist_ok=True)
+        (self._dir / "config.yaml").write_text(configuration.dump(config))
+        started = time.monotonic()
+        tracker = WandbTracker(config, self._dir)
+        self._say(tracker.note)
+        try:
+            with closing(TrajectoryWriter(self._dir)) as trajectories, closing(MetricsWriter(self._dir)) as metrics:
+                self._evaluate(parts, heldout, "before", 0, tracker)
+                for step in range(1, config.train.num_steps + 1):
+                    batch = stream.next_batch(config.train.tasks_per_step)
+                    collected, numbers = self._step(parts, step, batch)
+                    trajectories.write(step, collected)
+                    metrics.write(step, numbers)
+                    tracker.log(step, numbers, collected)
+                    if config.eval.every_steps and step % config.eval.every_steps == 0 and step < config.train.num_steps:
+                        self._evaluate(parts, heldout, f"step-{step}", step, tracker)
+                self._evaluate(parts, heldout, "after", config.train.num_steps, tracker)
+            parts.learner.save_policy(str(self._dir / "policy"), self._policy_dir)
+        finally:
+            tracker.finish({f"eval/{label}/{key}": value for label, result in self._evals.items() for key, value in result.items()})
+        return self._summary(time.monotonic() - started)
+
+    def _step(self, parts: Parts, step: int, tasks: list[Task]) -> tuple[list[Trajectory], dict[str, Any]]:
+        config = self._config
+        started = time.monotonic()
+        requests = requests_for(step, tasks, config.train.group_size)
+        collected = parts.rollout.collect(requests, temperature=config.rollout.temperature)
+        collect_s = time.monotonic() - started
+        numbers: dict[str, Any] = rollout_metrics(collected, collect_s)
+        numbers |= parts.learner.update(collected)
+        numbers |= parts.weights.sync(step)
+        numbers |= {f"tools/client/{key}": value for key, value in parts.rollout.tool_stats().items()}
+        numbers |= {
+            "rollout/actor_restarts": parts.rollout.num_restarts,
+            "rollout/episodes_rerun": parts.rollout.num_rerun,
+            "weights/backend": parts.weights.backend,
+            "time/step_s": time.monotonic() - started,
+        }
+        self._totals["episodes"] += len(collected)
+        self._totals["tokens"] += numbers["rollout/sampled_tokens"]
+        self._totals["rollout_s"] += collect_s
+        self._say(_step_line(step, config.train.num_steps, numbers))
+        return collected, numbers
+
+    def _evaluate(self, parts: Parts, heldout: list[Task], label: str, step: int, tracker: WandbTracker) -> None:
+        result, trajectories = evaluate(self._config, parts, heldout, label)
+        self._evals[label] = {"step": step, **result}
+        (self._dir / "eval.json").write_text(json.dumps(self._evals, indent=1) + "\n")
+        with closing(TrajectoryWriter(self._dir / "eval" / label)) as writer:
+            writer.write(step, trajectories)
+        tracker.log(step, {f"eval/{key}": value for key, value in result.items()})
+        self._say(f"eval {label}: accuracy {result['accuracy']:.3f}, tool use {result['tool_use_rate']:.3f} on {len(trajectories)} tasks")
+
+    def _summary(self, seconds: float) -> dict[str, Any]:
+        def pair(result: dict[str, float]) -> dict[str, float]:
+            return {"accuracy": result["accuracy"], "tool_use": result["tool_use_rate"]}
+
+        rollout_s = self._totals["rollout_s"] or None
+        return {
+            "before": pair(self._evals["before"]),
+            "after": pair(self._evals["after"]),
+            "num_tasks": self._evals["after"]["num_tasks"],
+            "episodes_per_s": self._totals["episodes"] / rollout_s if rollout_s else None,
+            "tokens_per_s": self._totals["tokens"] / rollout_s if rollout_s else None,
+            "time_s": seconds,
+            "run_dir": str(self._dir),
+        }
+
+
+def _step_line(step: int, num_steps: int, numbers: dict[str, Any]) -> str:
+    def number(key: str, form: str) -> str:
+        value = numbers.get(key)
+        return "-" if value is None else format(value, form)
+
+    width = len(str(num_steps))
+    return (
+        f"step {step:{width}}/{num_steps}  reward {number('env/reward_mean', '.3f')}  tool use {number('env/tool_use_rate', '.3f')}  "
+        f"kl {number('objective/kl', '.3f')}  mismatch kl {number('mismatch/kl', '.1e')}  "
+        f"{number('rollout/tokens_per_s', ',.0f')} tok/s  {number('time/step_s', '.1f')} s"
+    )

@@ -1,0 +1,73 @@
+"""RolloutActor: a Ray shell around an engine. Every episode is a coroutine; finished ones are handed over in `take`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Any
+
+import ray
+
+from toolrl_ray.config import RunConfig
+from toolrl_ray.rollout.inbox import Inbox, Outcome
+from toolrl_ray.rollout.load import load_codec, load_engine
+from toolrl_ray.rollout.runner import EpisodeRunner
+from toolrl_ray.tools.serve_client import ToolClient
+from toolrl_ray.types import EpisodeRequest
+
+
+class RolloutActor:
+    """Created with `ray.remote`; `start` must be called first, and again after each restart by Ray."""
+
+    def __init__(self, config: RunConfig, policy_dir: str, weight_backend: str, tools_app: str):
+        self._config = config
+        self._policy_dir = policy_dir
+        self._weight_backend = weight_backend
+        self._tools_app = tools_app
+
+    @ray.method(max_task_retries=-1)  # waits for Ray to restart the process; the caller sets the deadline
+    async def start(self) -> int:
+        """Load the engine unless it is loaded; returns this process's id. The policy in `policy_dir` is version 0."""
+        if not hasattr(self, "_engine"):
+            codec = load_codec(self._policy_dir)
+            self._engine = load_engine(self._config, self._policy_dir, codec, self._weight_backend, 0)
+            await self._engine.ready(0)
+            self._tools = ToolClient(self._tools_app, self._config.tools)
+            self._inbox = Inbox(EpisodeRunner(self._config, self._engine.generate, self._tools, codec))
+        return os.getpid()
+
+    async def submit(self, requests: list[EpisodeRequest], temperature: float) -> None:
+        self._inbox.submit(requests, temperature)
+
+    async def take(self, max_wait_s: float) -> list[Outcome]:
+        return await self._inbox.take(max_wait_s)
+
+    async def stats(self) -> dict[str, float]:
+        return self._tools.stats()
+
+    async def score(self, token_ids: list[int]) -> list[float]:
+        return await self._engine.score(token_ids)
+
+    async def checksums(self) -> list[dict[str, str]]:
+        return await self._engine.checksums()
+
+    async def pause(self) -> None:
+        await self._engine.pause()
+
+    async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
+        await self._engine.init_weight_transfer(init_info)
+
+    async def start_weight_update(self) -> None:
+        await self._engine.start_weight_update()
+
+    async def update_weights(self, update_info: dict[str, Any]) -> None:
+        await self._engine.update_weights(update_info)
+
+    async def finish_weight_update(self, policy_version: int) -> None:
+        await self._engine.finish_weight_update(policy_version)
+
+    async def resume(self) -> None:
+        await self._engine.resume()
+
+    async def stop(self) -> None:
+        await asyncio.to_thread(self._engine.shutdown)

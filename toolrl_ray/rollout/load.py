@@ -1,0 +1,47 @@
+"""Loads what an engine needs from a policy folder or Hub name: tokenizer, codec, and the engine itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from toolrl_ray.config import RunConfig
+from toolrl_ray.episode.codec import HFCodec
+from toolrl_ray.errors import UserError
+from toolrl_ray.rollout.runner import RolloutEngine
+
+
+def load_codec(policy_dir: str) -> HFCodec:
+    from transformers import AutoTokenizer, GenerationConfig
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(policy_dir)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no tokenizer in policy.path={policy_dir!r}: {str(error).splitlines()[0]}") from None
+    try:
+        eos = GenerationConfig.from_pretrained(policy_dir).eos_token_id
+    except OSError:
+        eos = None
+    return HFCodec(tokenizer, [eos] if isinstance(eos, int) else eos)
+
+
+def load_engine(config: RunConfig, policy_dir: str, codec: HFCodec, weight_backend: str, policy_version: int) -> RolloutEngine:
+    if config.rollout.engine == "vllm":
+        from toolrl_ray.rollout.vllm_engine import VLLMEngine
+
+        return VLLMEngine(config, policy_dir, weight_backend, policy_version)
+    return load_transformers_engine(config, policy_dir, codec, policy_version)
+
+
+def load_transformers_engine(config: RunConfig, policy_dir: str, codec: HFCodec, policy_version: int) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from toolrl_ray.rollout.transformers_engine import TransformersEngine
+
+    model = AutoModelForCausalLM.from_pretrained(policy_dir, dtype=getattr(torch, config.policy.dtype))
+    if config.rollout.num_gpus > 0:
+        model = model.cuda()
+    max_batch = max(config.rollout.max_in_flight, config.eval.max_in_flight)
+    return TransformersEngine(
+        model, codec.decode, codec.eos_token_ids, max_batch=max_batch, seed=config.seed, policy_version=policy_version
+    )

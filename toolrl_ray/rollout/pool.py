@@ -1,0 +1,149 @@
+"""The driver's side of collection: hands requests to the RolloutActors, takes trajectories, replaces what dies.
+
+Consumes: a list of requests. Waits for: `take` of each actor. Unblocked by: a finished episode, `TAKE_WAIT_S`, or the death
+of the actor. An actor that dies is restarted by Ray, loads its engine, gets the current weights through `readmit`, and only
+then gets work; meanwhile the others go on with its episodes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from toolrl_ray.config import RunConfig
+from toolrl_ray.errors import RolloutError
+from toolrl_ray.rollout.assignment import Assignment
+from toolrl_ray.types import EpisodeRequest, Trajectory
+
+TAKE_WAIT_S = 2.0
+UNRESPONSIVE_S = 120.0  # a process that does not answer `take` for so long is killed and replaced
+MAX_RESTARTS_IN_A_ROW = 3  # of one actor, with no episode finished in between
+
+
+class RolloutPool:
+    """readmit: called when restarted engines are up, before they get work; brings every engine to the current weights."""
+
+    def __init__(self, config: RunConfig, actors: list[Any], readmit: Callable[[], None]):
+        self._config = config
+        self._actors = actors
+        self._readmit = readmit
+        self._takes: dict[Any, tuple[int, float]] = {}  # pending `take` -> (actor, asked at)
+        self._starts: dict[Any, tuple[int, float]] = {}  # pending `start` of a restarted actor -> (actor, asked at)
+        self._restarts_in_a_row = [0] * len(actors)
+        self.num_restarts = 0
+        self.num_rerun = 0
+
+    def start(self) -> list[int]:
+        """Load all engines that are not loaded, after a death too; returns their process ids.
+
+        Raises RolloutError naming the actor that did not come up within rollout.start_timeout_s.
+        """
+        refs = [actor.start.remote() for actor in self._actors]
+        deadline = time.monotonic() + self._config.rollout.start_timeout_s
+        pids = []
+        for i, ref in enumerate(refs):
+            try:
+                pids.append(ray.get(ref, timeout=max(0.1, deadline - time.monotonic())))
+            except GetTimeoutError:
+                seconds = self._config.rollout.start_timeout_s
+                raise RolloutError(f"RolloutActor {i} was not ready within {seconds:g} s (rollout.start_timeout_s)") from None
+        return pids
+
+    def collect(
+        self,
+        requests: list[EpisodeRequest],
+        *,
+        temperature: float,
+        max_in_flight: int | None = None,
+        on_trajectories: Callable[[list[Trajectory]], None] = lambda _: None,
+    ) -> list[Trajectory]:
+        """Run every request to its end; trajectories come back in the order of the requests.
+
+        Raises RolloutError when rollout.collect_timeout_s is over, or when actors keep dying.
+        """
+        rollout = self._config.rollout
+        book = Assignment(requests, len(self._actors), max_in_flight or rollout.max_in_flight, rollout.max_tries)
+        for index, _ in self._starts.values():
+            book.lost(index, "still starting")
+        deadline = time.monotonic() + rollout.collect_timeout_s
+        while not book.done:
+            if time.monotonic() > deadline:
+                raise RolloutError(f"no full batch within {rollout.collect_timeout_s:g} s (rollout.collect_timeout_s): {book.describe()}")
+            self._hand_out(book, temperature)
+            ready, _ = ray.wait([*self._takes, *self._starts], num_returns=1, timeout=TAKE_WAIT_S)
+            for ref in ready:
+                if ref in self._starts:
+                    self._rejoin(ref, book)
+                else:
+                    on_trajectories(self._take(ref, book))
+            self._kill_unresponsive()
+        self.num_rerun += book.num_rerun
+        return book.trajectories()
+
+    def _hand_out(self, book: Assignment, temperature: float) -> None:
+        asked = {index for index, _ in self._takes.values()}
+        for index, actor in enumerate(self._actors):
+            if requests := book.next_for(index):
+                actor.submit.remote(requests, temperature)  # a death in between shows in `take`
+            if book.num_running(index) and index not in asked:
+                self._takes[actor.take.remote(TAKE_WAIT_S)] = (index, time.monotonic())
+
+    def _take(self, ref: Any, book: Assignment) -> list[Trajectory]:
+        index, _ = self._takes.pop(ref)
+        try:
+            outcomes = ray.get(ref, timeout=TAKE_WAIT_S)
+        except RayActorError as error:
+            self._lost(index, book, error)
+            return []
+        trajectories = book.take(index, outcomes)
+        if trajectories:
+            self._restarts_in_a_row[index] = 0
+        return trajectories
+
+    def _lost(self, index: int, book: Assignment, error: Exception) -> None:
+        self.num_restarts += 1
+        self._restarts_in_a_row[index] += 1
+        reason = " ".join(str(error).split())[:300]
+        if self._restarts_in_a_row[index] > MAX_RESTARTS_IN_A_ROW:
+            raise RolloutError(f"RolloutActor {index} died {MAX_RESTARTS_IN_A_ROW} times in a row; last: {reason}")
+        book.lost(index, reason)
+        # Ray restarts the process; its engine has to be loaded again.
+        self._starts[self._actors[index].start.remote()] = (index, time.monotonic())
+
+    def _rejoin(self, ref: Any, book: Assignment) -> None:
+        index, _ = self._starts.pop(ref)
+        try:
+            ray.get(ref, timeout=TAKE_WAIT_S)
+        except RayActorError as error:
+            return self._lost(index, book, error)
+        except RayTaskError as error:
+            raise RolloutError(f"RolloutActor {index} could not load its engine again: {error.cause}") from None
+        self._readmit()
+        book.back(index)
+
+    def _kill_unresponsive(self) -> None:
+        now = time.monotonic()
+        limits = {id(self._takes): UNRESPONSIVE_S, id(self._starts): self._config.rollout.start_timeout_s}
+        for pending in (self._takes, self._starts):
+            for index, asked_at in list(pending.values()):
+                if now - asked_at > limits[id(pending)]:
+                    ray.kill(self._actors[index], no_restart=False)
+
+    def scores(self, token_ids: list[int]) -> list[list[float]]:
+        return ray.get([actor.score.remote(token_ids) for actor in self._actors], timeout=UNRESPONSIVE_S)
+
+    def tool_stats(self) -> dict[str, float]:
+        """Sums of the tool clients' counters over the actors that answer."""
+        total: dict[str, float] = {}
+        for ref in [actor.stats.remote() for actor in self._actors]:
+            try:
+                stats = ray.get(ref, timeout=10)
+            except (RayActorError, GetTimeoutError):
+                continue
+            for key, value in stats.items():
+                total[key] = total.get(key, 0) + value
+        return total

@@ -1,0 +1,50 @@
+"""From an `EpisodeRequest` to a finished, rewarded `Trajectory`: what a RolloutActor and the in-process loop share."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from toolrl_ray.config import RunConfig
+from toolrl_ray.episode.call_format import TextMarkers
+from toolrl_ray.episode.codec import HFCodec
+from toolrl_ray.episode.loop import Limits, run_episode
+from toolrl_ray.tasks.calculator import calculator_reward, render_prompt
+from toolrl_ray.types import CallToolFn, Completion, EpisodeRequest, SamplingParams, Trajectory
+
+
+class RolloutEngine(Protocol):
+    """What samples: vLLM, transformers, or a script in a test."""
+
+    async def ready(self, policy_version: int) -> None: ...
+    async def generate(self, token_ids: list[int], params: SamplingParams) -> Completion: ...
+    async def score(self, token_ids: list[int]) -> list[float]: ...
+    async def pause(self) -> None: ...
+    async def init_weight_transfer(self, init_info: dict[str, Any]) -> None: ...
+    async def start_weight_update(self) -> None: ...
+    async def update_weights(self, update_info: dict[str, Any]) -> None: ...
+    async def finish_weight_update(self, policy_version: int) -> None: ...
+    async def resume(self) -> None: ...
+    def shutdown(self) -> None: ...
+
+
+class EpisodeRunner:
+    def __init__(self, config: RunConfig, generate: Any, call_tool: CallToolFn, codec: HFCodec):
+        self._config = config
+        self._generate = generate
+        self._call_tool = call_tool
+        self._codec = codec
+        self._limits = Limits(**config.episode.model_dump())
+
+    async def run(self, request: EpisodeRequest, temperature: float) -> Trajectory:
+        trajectory = await run_episode(
+            request,
+            render_prompt(request.task, self._config.task.few_shot),
+            generate=self._generate,
+            call_tool=self._call_tool,
+            codec=self._codec,
+            call_format=TextMarkers(),
+            limits=self._limits,
+            temperature=temperature,
+        )
+        trajectory.reward = calculator_reward(trajectory)
+        return trajectory

@@ -1,0 +1,148 @@
+"""A rollout engine on transformers alone: for `--in-process` and for models that vLLM lacks.
+
+Requests that wait at the same time are sampled as one left-padded batch with a KV cache. Plain and slow next to vLLM, and
+free of processes and threads, so that a breakpoint works anywhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors.torch import load
+
+from toolrl_ray.types import Completion, SamplingParams
+
+
+@dataclass
+class _Row:
+    prompt: list[int]
+    params: SamplingParams
+    done: asyncio.Future[Completion]
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+class TransformersEngine:
+    """model: a causal LM in eval mode, which the engine keeps for itself. decode: text of sampled ids, for stop strings."""
+
+    def __init__(
+        self, model: Any, decode: Callable[[list[int]], str], eos_token_ids: Iterable[int], *, max_batch: int, seed: int, policy_version: int
+    ):
+        self._model = model.eval()
+        self._decode = decode
+        self._eos = frozenset(eos_token_ids)
+        self._max_batch = max_batch
+        self._rng = torch.Generator(device=model.device).manual_seed(seed)
+        self._version = policy_version
+        self._waiting: list[_Row] = []
+        self._worker: asyncio.Task[None] | None = None
+
+    async def ready(self, policy_version: int) -> None:
+        self._version = policy_version
+
+    async def generate(self, token_ids: list[int], params: SamplingParams) -> Completion:
+        row = _Row(token_ids, params, asyncio.get_running_loop().create_future())
+        self._waiting.append(row)
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._work())
+        return await row.done
+
+    async def _work(self) -> None:
+        while self._waiting:
+            await asyncio.sleep(0)  # let every episode that is ready to go on join the batch
+            batch = [row for row in self._waiting[: self._max_batch] if not row.done.cancelled()]
+            del self._waiting[: self._max_batch]
+            if not batch:
+                continue
+            try:
+                self._sample(batch)
+            except Exception as error:
+                for row in batch:
+                    if not row.done.done():
+                        row.done.set_exception(error)
+                continue
+            for row in batch:
+                if not row.done.done():
+                    versions = [self._version] * len(row.token_ids)
+                    row.done.set_result(Completion(row.token_ids, row.logprobs, versions, row.finish_reason or "length"))
+
+    @torch.no_grad()
+    def _sample(self, batch: list[_Row]) -> None:
+        device = self._model.device
+        width = max(len(row.prompt) for row in batch)
+        input_ids = torch.zeros(len(batch), width, dtype=torch.long, device=device)
+        attention_mask = torch.zeros_like(input_ids)
+        for i, row in enumerate(batch):
+            input_ids[i, width - len(row.prompt) :] = torch.tensor(row.prompt, device=device)
+            attention_mask[i, width - len(row.prompt) :] = 1
+        position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        temperature = torch.tensor([row.params.temperature or 1.0 for row in batch], device=device)[:, None]
+        greedy = torch.tensor([row.params.temperature == 0 for row in batch], device=device)
+        cache = None
+        while True:
+            out = self._model(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache, use_cache=True
+            )
+            cache = out.past_key_values
+            logprobs = torch.log_softmax(out.logits[:, -1].float() / temperature, dim=-1)  # [B, V]
+            sampled = torch.multinomial(logprobs.exp(), 1, generator=self._rng)[:, 0]
+            tokens = torch.where(greedy, logprobs.argmax(-1), sampled)
+            self._append(batch, tokens.tolist(), logprobs.gather(1, tokens[:, None])[:, 0].tolist())
+            if all(row.finish_reason for row in batch):
+                return
+            input_ids = tokens[:, None]
+            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(batch), 1)], dim=1)
+            position_ids = position_ids[:, -1:] + 1
+
+    def _append(self, batch: list[_Row], tokens: list[int], logprobs: list[float]) -> None:
+        for row, token, logprob in zip(batch, tokens, logprobs, strict=True):
+            if row.finish_reason:
+                continue
+            row.token_ids.append(token)
+            row.logprobs.append(logprob)
+            text = self._decode(row.token_ids)
+            if token in self._eos or any(stop in text for stop in row.params.stop):
+                row.finish_reason = "stop"
+            elif len(row.token_ids) >= row.params.max_tokens:
+                row.finish_reason = "length"
+
+    @torch.no_grad()
+    async def score(self, token_ids: list[int]) -> list[float]:
+        """Log-probabilities of tokens 1 .. L-1 given those before them, at temperature 1."""
+        ids = torch.tensor(token_ids, device=self._model.device)
+        logprobs = torch.log_softmax(self._model(input_ids=ids[None]).logits[0, :-1].float(), dim=-1)
+        return logprobs.gather(1, ids[1:, None])[:, 0].tolist()
+
+    # The weight-update protocol, in the order in which it is called.
+
+    async def pause(self) -> None:
+        pass
+
+    async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
+        pass
+
+    async def start_weight_update(self) -> None:
+        pass
+
+    async def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.load_weights(load(update_info["payload"]).items())
+
+    async def finish_weight_update(self, policy_version: int) -> None:
+        self._version = policy_version
+
+    async def resume(self) -> None:
+        pass
+
+    @torch.no_grad()
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        parameters = dict(self._model.named_parameters())
+        for name, tensor in weights:
+            parameters[name].copy_(tensor)
+
+    def shutdown(self) -> None:
+        pass

@@ -1,0 +1,139 @@
+"""A rollout engine on vLLM's AsyncLLM: many episodes in flight, stop strings kept in the output, sampled logprobs, prefix
+caching, and weights taken up while it runs.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from typing import Any
+
+from toolrl_ray.config import RunConfig
+from toolrl_ray.errors import RolloutError
+from toolrl_ray.types import Completion, SamplingParams
+from toolrl_ray.weights.vllm_object_store import DIE_WITH_PARENT
+
+
+def _set_environment(config: RunConfig, on_gpu: bool) -> None:
+    """vLLM reads these when it is imported and hands them to its child processes."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ[DIE_WITH_PARENT] = str(os.getpid())
+    if not on_gpu:
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(config.rollout.kv_cache_gib)))
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # cores are shared with learner and tools
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the worker runs inside the engine-core process
+        # vLLM decorates helpers with torch.compile: on CPU that costs 10 s at the first request and wants a C++ compiler.
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+        os.environ["OMP_NUM_THREADS"] = str(config.rollout.num_threads)
+
+
+class VLLMEngine:
+    """policy_dir: Hugging Face folder or Hub name. weight_backend: "object_store", "nccl" or "ipc"."""
+
+    def __init__(self, config: RunConfig, policy_dir: str, weight_backend: str, policy_version: int):
+        on_gpu = config.rollout.num_gpus > 0
+        _set_environment(config, on_gpu)
+        from vllm import AsyncEngineArgs
+        from vllm.config import WeightTransferConfig
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self._version = policy_version
+        num_sequences = max(config.rollout.max_in_flight, config.eval.max_in_flight)
+        args = AsyncEngineArgs(
+            model=policy_dir,
+            dtype=config.policy.dtype,
+            max_model_len=config.episode.max_context_tokens + 1,
+            max_num_seqs=num_sequences,
+            enable_prefix_caching=True,
+            enforce_eager=not on_gpu,
+            # Logprobs of the distribution that was sampled from, temperature included.
+            logprobs_mode="processed_logprobs",
+            generation_config="vllm",  # a model's own top-p or top-k must not slip in
+            weight_transfer_config=WeightTransferConfig(backend=weight_backend),
+            gpu_memory_utilization=config.rollout.gpu_memory_utilization,
+            disable_log_stats=True,
+            seed=config.seed,
+        )
+        self._llm = AsyncLLM.from_engine_args(args)
+
+    async def ready(self, policy_version: int) -> None:
+        await self._llm.update_weight_version(str(policy_version))
+
+    async def generate(self, token_ids: list[int], params: SamplingParams) -> Completion:
+        from vllm import SamplingParams as VLLMSamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        # No per-request seed: on CPU a batch that loses a seeded request can kill the engine.
+        sampling = VLLMSamplingParams(
+            temperature=params.temperature,
+            max_tokens=params.max_tokens,
+            stop=list(params.stop),
+            include_stop_str_in_output=True,
+            skip_special_tokens=False,
+            logprobs=0,  # of the sampled token alone
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        final: Any = None
+        async for output in self._llm.generate({"prompt_token_ids": token_ids}, sampling, uuid.uuid4().hex):
+            final = output
+        if final is None or not final.outputs:
+            raise RolloutError("vLLM returned no output for a request")
+        return _completion(final.outputs[0], self._version)
+
+    async def score(self, token_ids: list[int]) -> list[float]:
+        """Log-probabilities of tokens 1 .. L-1 given those before them, at temperature 1: a proof of which weights are loaded."""
+        from vllm import SamplingParams as VLLMSamplingParams
+
+        sampling = VLLMSamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+        final: Any = None
+        async for output in self._llm.generate({"prompt_token_ids": token_ids}, sampling, uuid.uuid4().hex):
+            final = output
+        return [entry[token].logprob for entry, token in zip(final.prompt_logprobs[1:], token_ids[1:], strict=True)]
+
+    async def checksums(self) -> list[dict[str, str]]:
+        return await self._llm.compute_weight_checksums()
+
+    # The weight-update protocol, in the order in which it is called.
+
+    async def pause(self) -> None:
+        """Freeze requests where they are and drop the prefix cache, which belongs to the weights that are about to go."""
+        await self._llm.pause_generation(mode="keep", clear_cache=True)
+
+    async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+
+    async def start_weight_update(self) -> None:
+        await self._llm.start_weight_update()
+
+    async def update_weights(self, update_info: Any) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self._llm.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+
+    async def finish_weight_update(self, policy_version: int) -> None:
+        await self._llm.finish_weight_update(weight_version=str(policy_version))
+        self._version = policy_version
+
+    async def resume(self) -> None:
+        await self._llm.resume_generation()
+
+    def shutdown(self) -> None:
+        self._llm.shutdown()
+
+
+def _completion(output: Any, current_version: int) -> Completion:
+    token_ids = list(output.token_ids)
+    logprobs = [entry[token].logprob for entry, token in zip(output.logprobs or [], token_ids, strict=True)]
+    return Completion(token_ids, logprobs, _versions(output, len(token_ids), current_version), output.finish_reason or "abort")
+
+
+def _versions(output: Any, num_tokens: int, current_version: int) -> list[int]:
+    """vLLM's version spans over output tokens, one entry per token."""
+    versions = [current_version] * num_tokens
+    for span in output.weight_versions or []:
+        if span.version.isdigit():
+            versions[span.start : span.end] = [int(span.version)] * (span.end - span.start)
+    return versions

@@ -1,0 +1,61 @@
+"""The learner's control plane towards the RolloutActors, over Ray. Every wait has a deadline, and what fails is named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from toolrl_ray.errors import WeightSyncError
+
+
+class RayWeightClient:
+    """vLLM's weight-sync protocol, fanned out to all RolloutActors. `policy_version` is stamped at `finish_weight_update`."""
+
+    def __init__(self, actors: list[Any], timeout_s: float):
+        self._actors = actors
+        self._timeout_s = timeout_s
+        self.policy_version = 0
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        # In an NCCL group rank 0 is the learner, and each engine has a rank of its own.
+        infos = [{**init_info, "rank_offset": 1 + i} if "rank_offset" in init_info else init_info for i in range(len(self._actors))]
+        wait_all(
+            "init_weight_transfer",
+            [a.init_weight_transfer.remote(info) for a, info in zip(self._actors, infos, strict=True)],
+            self._timeout_s,
+        )
+
+    def start_weight_update(self) -> None:
+        wait_all("start_weight_update", [actor.start_weight_update.remote() for actor in self._actors], self._timeout_s)
+
+    def update_weights(self, update_info: Any) -> None:
+        shared = ray.put(update_info)  # one copy in the object store, however many engines read it
+        wait_all("update_weights", [actor.update_weights.remote(shared) for actor in self._actors], self._timeout_s)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        version = self.policy_version if weight_version is None else int(weight_version)
+        wait_all("finish_weight_update", [actor.finish_weight_update.remote(version) for actor in self._actors], self._timeout_s)
+
+
+def wait_all(phase: str, refs: list[Any], timeout_s: float, who: str = "RolloutActor") -> list[Any]:
+    """The results of one phase from all actors.
+
+    Raises WeightSyncError naming the actor and the phase when one fails, dies or does not answer within `timeout_s`.
+    """
+    done, _ = ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
+    late = [i for i, ref in enumerate(refs) if ref not in done]
+    if late:
+        raise WeightSyncError(f"weight sync: {who} {late} did not answer phase {phase} within {timeout_s:g} s (weights.timeout_s)")
+    results = []
+    for i, ref in enumerate(refs):
+        try:
+            results.append(ray.get(ref, timeout=timeout_s))
+        except (RayActorError, RayTaskError, GetTimeoutError) as error:
+            cause = getattr(error, "cause", None) or error
+            if isinstance(cause, WeightSyncError):
+                raise cause from None
+            reason = " ".join(str(cause).split())[:300]
+            raise WeightSyncError(f"weight sync: {who} {i} failed in phase {phase}: {type(cause).__name__}: {reason}") from error
+    return results

@@ -1,0 +1,85 @@
+"""The driver's weight sync: pause the engines, let the learner send, resume. Each phase has a deadline that names it.
+
+Consumes: the learner's weights at a policy version. Waits for: the learner ranks and every RolloutActor. Unblocked by: their
+answers, their death, or weights.timeout_s. After a sync every engine's prefix cache is empty, because its entries were
+computed by the weights before.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from toolrl_ray.config import RunConfig
+from toolrl_ray.errors import WeightSyncError
+from toolrl_ray.weights.client import wait_all
+
+log = logging.getLogger(__name__)
+MAX_TRIES = 3
+
+
+def select_backend(config: RunConfig) -> str:
+    """weights.backend, or for "auto": ipc when learner and engine share a GPU, nccl between GPUs, else object_store."""
+    if config.weights.backend != "auto":
+        return config.weights.backend
+    if config.rollout.num_gpus == 0 or config.learner.num_gpus == 0 or config.rollout.engine != "vllm":
+        return "object_store"
+    return "ipc" if shares_gpu(config) else "nccl"
+
+
+def shares_gpu(config: RunConfig) -> bool:
+    """Whether one RolloutActor and one LearnerActor ask for shares of the same GPU."""
+    rollout, learner = config.rollout, config.learner
+    one_each = rollout.num_actors == 1 and learner.num_ranks == 1
+    return one_each and rollout.num_gpus > 0 and learner.num_gpus > 0 and rollout.num_gpus + learner.num_gpus <= 1
+
+
+class WeightSync:
+    """rollout: the RolloutPool. learners: LearnerActor handles, rank order."""
+
+    def __init__(self, config: RunConfig, pool: Any, rollout_actors: list[Any], learners: list[Any]):
+        self._config = config
+        self._pool = pool
+        self._actors = rollout_actors
+        self._learners = learners
+        self.backend = select_backend(config)
+        self.policy_version = 0
+
+    def connect(self) -> None:
+        """Rendezvous of learner and engines; again after an engine was replaced."""
+        refs = [learner.connect_weights.remote(self.backend, self._actors) for learner in self._learners]
+        wait_all("connect", refs, self._config.weights.timeout_s, "LearnerActor")
+
+    def sync(self, policy_version: int) -> dict[str, float]:
+        """Bring every engine to the learner's current weights.
+
+        Raises WeightSyncError after MAX_TRIES attempts; between them, engines that died are replaced and connected.
+        """
+        self.policy_version = policy_version
+        started = time.monotonic()
+        for attempt in range(1, MAX_TRIES + 1):
+            try:
+                self._sync_once()
+                break
+            except WeightSyncError as error:
+                if attempt == MAX_TRIES:
+                    raise
+                log.warning("%s; trying again (%d of %d)", error, attempt + 1, MAX_TRIES)
+                self._pool.start()
+                self.connect()
+        return {"time/weight_sync_s": time.monotonic() - started, "weights/policy_version": policy_version}
+
+    def readmit(self) -> None:
+        """Connect to replaced engines and bring all of them to the current version."""
+        self.connect()
+        self.sync(self.policy_version)
+
+    def _sync_once(self) -> None:
+        timeout_s = self._config.weights.timeout_s
+        wait_all("pause", [actor.pause.remote() for actor in self._actors], timeout_s)
+        try:
+            refs = [learner.send_weights.remote(self.policy_version) for learner in self._learners]
+            wait_all("send", refs, 4 * timeout_s, "LearnerActor")  # init, start, update and finish have timeout_s each
+        finally:
+            wait_all("resume", [actor.resume.remote() for actor in self._actors], timeout_s)

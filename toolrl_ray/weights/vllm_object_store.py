@@ -1,0 +1,74 @@
+"""vLLM's receiving end for weights that travel through Ray's object store: the transfer back end of machines without a GPU.
+
+vLLM loads this module in each of its processes through the `vllm.general_plugins` entry point. The bytes reach the worker
+with the `update_weights` call itself, as one safetensors buffer, so that no second data path has to be set up or can hang.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from dataclasses import dataclass
+
+BACKEND = "object_store"
+DIE_WITH_PARENT = "TOOLRL_ENGINE_DIES_WITH_PARENT"
+PR_SET_PDEATHSIG = 1
+
+
+def register() -> None:
+    """Entry point of `vllm.general_plugins`: called once in every vLLM process."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, _engine_class())
+    if os.environ.get(DIE_WITH_PARENT) and os.environ[DIE_WITH_PARENT] != str(os.getpid()):
+        # kill -9 of a RolloutActor must not leave its engine-core process behind.
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _engine_class() -> type:
+    import torch
+    from safetensors.torch import load
+    from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    @dataclass
+    class InitInfo(WeightTransferInitInfo):
+        pass
+
+    @dataclass
+    class UpdateInfo(WeightTransferUpdateInfo):
+        payload: bytes  # safetensors: Hugging Face parameter names to full tensors
+
+    class ObjectStoreEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+        init_info_cls = InitInfo
+        update_info_cls = UpdateInfo
+
+        def init_transfer_engine(self, init_info: InitInfo) -> None:
+            pass
+
+        def start_weight_update(self) -> None:
+            initialize_layerwise_reload(self.model)
+
+        def update_weights(self, update_info: dict) -> None:
+            # The base class would call torch.accelerator.synchronize, which a CPU build does not have.
+            self.receive_weights(self.parse_update_info(update_info))
+
+        def receive_weights(self, update_info: UpdateInfo) -> None:
+            with torch.no_grad():
+                self.model.load_weights(load(update_info.payload).items())
+
+        def finish_weight_update(self) -> None:
+            finalize_layerwise_reload(self.model, self.model_config)
+            for module in self.model.modules():
+                # vLLM on CPU packs linear weights at load. A tied lm_head is not reloaded as a layer of its own and would
+                # keep its old packed copy, that is, sample from a stale head.
+                weight = getattr(module, "weight", None)
+                if hasattr(module, "cpu_linear") and weight is not None and weight.numel() > 0:
+                    module.quant_method.process_weights_after_loading(module)
+
+        def shutdown(self) -> None:
+            pass
+
+    return ObjectStoreEngine
