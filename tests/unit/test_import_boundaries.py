@@ -17,14 +17,13 @@ ALLOWED = {
     "ray": {
         "toolrl_ray/placement.py",
         "toolrl_ray/cluster.py",
-        "toolrl_ray/doctor.py",
+        "toolrl_ray/submit.py",
         "toolrl_ray/rollout/actor.py",
         "toolrl_ray/rollout/pool.py",
         "toolrl_ray/learner/actor.py",
         "toolrl_ray/learner/group.py",
         "toolrl_ray/tools/serve_client.py",
-        "toolrl_ray/weights/object_store.py",
-        "toolrl_ray/weights/sync.py",
+        "toolrl_ray/weights/client.py",
         "tools_service/serve_app.py",
     },
     "vllm": {
