@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from learner_ranks import CASES, ONE_RANK, case_config, free_address, rank_main, run_case
+from learner_ranks import CASES, RUNS, case_config, free_address, rank_main, run_case
 from learner_synthetic import NoiseWatch, save_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -39,15 +39,14 @@ def plain(models):
     """{case: (learner on plain PyTorch after its updates, their metrics, where rounding noise moved its weights)}."""
     torch.set_num_threads(1)
     results = {}
-    for name, (model, _, _) in CASES.items():
+    for name, (model, *_) in CASES.items():
         learner = Learner(case_config(name), str(models / model), in_process=True)
         watch = NoiseWatch(learner)
         results[name] = learner, run_case(learner, name), watch
     return results
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize(("world_size", "name"), [(1, name) for name in ONE_RANK] + [(2, name) for name in CASES])
+@pytest.mark.parametrize(("world_size", "name", "stage"), RUNS)
 def test_three_updates_give_the_weights_of_plain_pytorch(world_size, name, stage, ranks, plain):
     learner, metrics, watch = plain[name]
     got = ranks[world_size][1][0][name, stage]
@@ -66,11 +65,10 @@ def test_the_cases_are_what_they_claim_to_be(plain, ranks):
         assert [(m["ppo/num_updates"], m["ppo/num_skipped_updates"]) for m in plain[name][1]] == [(num_updates, 4 - num_updates)] * 3
     assert all(m["ppo/grad_norm"] > 0.05 for m in plain["separate critic"][1])
     assert [ranks[2][1][0]["gae", stage]["partitioned"] for stage in STAGES] == [False, False, False, True]
-    assert max(watch.share("lm.") for name, (_, _, watch) in plain.items() if name != "batch of one") < 1e-2
+    assert max(watch.share("lm.") for name, (_, _, watch) in plain.items() if name != "batch of one") < 0.05
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "stage"), [(name, stage) for world_size, name, stage in RUNS if world_size == 2])
 def test_all_ranks_report_the_same_metrics_and_hold_the_same_weights(name, stage, ranks):
     a, b = (results[name, stage] for results in ranks[2][1])
     for x, y in zip(a["metrics"], b["metrics"], strict=True):

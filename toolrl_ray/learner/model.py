@@ -143,10 +143,14 @@ def _load(auto_class: Any, path: str, dtype: str) -> nn.Module:
         if "drop" in key and isinstance(value, float):
             setattr(config, key, 0.0)  # ratios are only right without dropout
     logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of unused weights; missing ones are an error here
     try:
         model, info = auto_class.from_pretrained(path, config=config, dtype=getattr(torch, dtype), output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(_not_loadable(path, error)) from None
+    finally:
+        logging.set_verbosity(verbosity)
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"policy.path={path!r}: {len(missing)} weights are missing, {missing[0]} among them; give a complete model folder")
     return model.train()
