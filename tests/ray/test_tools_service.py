@@ -24,11 +24,25 @@ TIMEOUT_S = 60
 
 
 def _scripted():
-    """A tool made here, so that it travels by value. "pid" names its process, "hang F" waits until file F is there and counts itself
-    in F.ran."""
+    """Tools made here, so that they travel by value: the calculator, and one that names its process when asked "pid". Both take
+    "hang F", which adds a dot to the file F.ran and waits until the file F is there."""
     import os
     import threading
     from pathlib import Path
+
+    from tools_service.calculator import SimpleCalculatorTool
+
+    def hang(argument):
+        path = Path(argument[5:])
+        with open(f"{path}.ran", "a") as file:
+            file.write(".")
+        while not path.exists():
+            threading.Event().wait(0.02)
+        return argument
+
+    class Calculator(SimpleCalculatorTool):
+        def __call__(self, argument):
+            return hang(argument) if argument.startswith("hang ") else super().__call__(argument)
 
     class Scripted:
         name, description, idempotent, probe = "Scripted", "for tests", False, "pid"
@@ -36,15 +50,9 @@ def _scripted():
         def __call__(self, argument):
             if argument == "pid":
                 return str(os.getpid())
-            if argument.startswith("hang "):
-                path = Path(argument[5:])
-                with open(f"{path}.ran", "a") as file:
-                    file.write(".")
-                while not path.exists():
-                    threading.Event().wait(0.02)
-            return argument
+            return hang(argument) if argument.startswith("hang ") else argument
 
-    return Scripted()
+    return {CALCULATOR: Calculator, "Scripted": Scripted}
 
 
 def _caller():
@@ -84,9 +92,7 @@ def config(**options) -> ToolsConfig:
 def service():
     ray.init(address="local", num_cpus=2, include_dashboard=False, namespace=f"tools-{uuid.uuid4().hex}", log_to_driver=False)
     try:
-        from tools_service.calculator import SimpleCalculatorTool
-
-        yield serve_app.start({CALCULATOR: SimpleCalculatorTool, "Scripted": _scripted}, app_name=APP, start_timeout_s=TIMEOUT_S)
+        yield serve_app.start(_scripted(), app_name=APP, start_timeout_s=TIMEOUT_S)
     finally:
         ray.shutdown()
 
@@ -161,15 +167,21 @@ def until(condition):
         time.sleep(0.02)
 
 
-def test_killing_the_replica_of_an_idempotent_tool_in_mid_call_leaves_every_call_answered(caller):
+def test_killing_the_replica_of_an_idempotent_tool_in_mid_call_leaves_every_call_answered(caller, tmp_path):
     pid = ray.get(caller.inspect.remote(CALCULATOR), timeout=TIMEOUT_S)["pid"]
     before = ray.get(caller.stats.remote(), timeout=TIMEOUT_S)
-    pending = caller.ask.remote([(CALCULATOR, f"{n}+1", 50.0) for n in range(4000)])
-    until(lambda: ray.get(caller.stats.remote(), timeout=TIMEOUT_S)["requests"] > before["requests"])
+    hung = f"hang {tmp_path}/go"
+    calls = [hung, *(f"{n}+1" for n in range(1000))]
+    pending = caller.ask.remote([(CALCULATOR, call, 50.0) for call in calls])
+    ran = tmp_path / "go.ran"
+    until(lambda: ran.exists() and len(ran.read_text()) == 2)  # in its batch, and then alone
     os.kill(pid, signal.SIGKILL)
+    more = caller.ask.remote([(CALCULATOR, "1+1", 50.0)] * 1000)
+    (tmp_path / "go").touch()
     results = ray.get(pending, timeout=TIMEOUT_S)
     after = ray.get(caller.stats.remote(), timeout=TIMEOUT_S)
-    assert [(r.status, r.text) for r in results] == [(ToolStatus.OK, str(n + 1)) for n in range(4000)]
+    assert [(r.status, r.text) for r in results] == [(ToolStatus.OK, t) for t in [hung, *(str(n + 1) for n in range(1000))]]
+    assert {(r.status, r.text) for r in ray.get(more, timeout=TIMEOUT_S)} == {(ToolStatus.OK, "2")}
     assert after["retries"] > before["retries"]
     assert ray.get(caller.inspect.remote(CALCULATOR), timeout=TIMEOUT_S)["pid"] != pid
 

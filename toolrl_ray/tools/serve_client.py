@@ -1,4 +1,4 @@
-"""The tools service seen from a training run: start it, stop it, call it. The Ray side of dispatch.py."""
+"""The tools service seen from a training run: start it, stop it, call it. The Ray side of dispatch.py and call_queue.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 from toolrl_ray.config import ToolsConfig
 from toolrl_ray.errors import PlacementError
-from toolrl_ray.tools.dispatch import Dispatcher, TransportError
+from toolrl_ray.tools.call_queue import TransportError
+from toolrl_ray.tools.dispatch import Dispatcher
 from toolrl_ray.tools.local import check_names
 from tools_service.protocol import ToolCall, ToolResult
 from tools_service.runner import ToolInfo, builtin_tools

@@ -1,11 +1,8 @@
 from __future__ import annotations
 
 import json
-import os
-import time
 from decimal import Decimal
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -13,8 +10,6 @@ from hypothesis import strategies as st
 
 from tools_service.calculator import MAX_CHARS, MAX_DEPTH, calculate, write
 from tools_service.protocol import ToolError, ToolStatus
-
-GSM8K = Path(os.environ.get("TOOLRL_DATA") or Path(__file__).parents[4] / "shared" / "data") / "gsm8k" / "calculator.jsonl"
 
 
 @pytest.mark.parametrize(
@@ -154,13 +149,12 @@ def test_the_deepest_and_longest_allowed_expressions_are_calculated():
         "7**300*" * 100 + "1",
     ],
 )
+@pytest.mark.timeout(60)  # unbounded, they take hours or the whole memory
 def test_adversarial_input_ends_after_a_bounded_amount_of_work(expression):
-    start = time.process_time()
     try:
         assert calculate(expression)
     except ToolError as error:
         assert error.message
-    assert time.process_time() - start < 2  # a unit of work, not a speed: unbounded powers take hours
 
 
 @settings(max_examples=500)
@@ -230,8 +224,7 @@ def test_numbers_of_ten_digits_are_written_exactly(number):
     assert text != "-0"
 
 
-@pytest.mark.skipif(not GSM8K.is_file(), reason="no gsm8k/calculator.jsonl in TOOLRL_DATA or ../shared/data")
-def test_every_gsm8k_annotation_comes_out_exactly():
-    rows = [json.loads(line) for line in GSM8K.read_text().splitlines()]
+def test_every_gsm8k_annotation_comes_out_exactly(gsm8k_calculator):
+    rows = [json.loads(line) for line in gsm8k_calculator.read_text().splitlines()]
     wrong = [(row, got) for row in rows if Fraction(got := calculate(row["expr"])) != Fraction(row["result"])]
     assert len(rows) == 27_998 and not wrong

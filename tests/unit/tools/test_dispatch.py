@@ -7,8 +7,9 @@ import pytest
 
 from toolrl_ray.config import ToolsConfig
 from toolrl_ray.errors import ConfigError
-from toolrl_ray.tools import dispatch
-from toolrl_ray.tools.dispatch import BATCHES_IN_FLIGHT, MAX_TRIES, Dispatcher, TransportError
+from toolrl_ray.tools import call_queue
+from toolrl_ray.tools.call_queue import BATCHES_IN_FLIGHT, MAX_TRIES, TransportError
+from toolrl_ray.tools.dispatch import Dispatcher
 from toolrl_ray.tools.local import LocalTools
 from tools_service.protocol import ToolCall, ToolResult, ToolStatus
 from tools_service.runner import ToolInfo
@@ -26,12 +27,12 @@ class Fake:
         self.gate.set()
         self.sent: list[list[str]] = []
         self.ended: Counter[str] = Counter()
-        self.describe_failures = 0
+        self.describe_failures, self.describe_error = 0, TransportError("NoController", not_started=True)
 
     async def describe(self, tool):
         if self.describe_failures:
             self.describe_failures -= 1
-            raise TransportError("NoController", not_started=True)
+            raise self.describe_error
         return ToolInfo(tool, "", self.info.idempotent, self.info.max_batch)
 
     async def send(self, tool, calls):
@@ -61,7 +62,7 @@ class Fake:
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch):
-    monkeypatch.setattr(dispatch, "BACKOFF_S", 0.001)
+    monkeypatch.setattr(call_queue, "BACKOFF_S", 0.001)
 
 
 def run(scenario, **options):
@@ -238,7 +239,7 @@ def test_an_error_of_the_harness_is_unavailable_and_never_output(argument, reaso
 
 
 def test_a_deadline_that_passes_between_tries_names_the_failure(monkeypatch):
-    monkeypatch.setattr(dispatch, "BACKOFF_S", 1000.0)
+    monkeypatch.setattr(call_queue, "BACKOFF_S", 1000.0)
 
     async def scenario(dispatcher, transport):
         [result] = await ask(dispatcher, "die", deadline_s=0.05)
@@ -282,11 +283,19 @@ def test_a_request_that_nobody_waits_for_is_cancelled_and_waiting_calls_that_end
     run(scenario, max_batch=1, max_in_flight=1)
 
 
-def test_a_service_that_is_not_there_makes_its_calls_unavailable_and_is_asked_again_later():
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (TransportError("NoController"), "NoController"),
+        (KeyError("defect"), "KeyError"),
+        (asyncio.CancelledError(), "the request was cancelled"),
+    ],
+)
+def test_a_service_that_is_not_there_makes_its_calls_unavailable_and_is_asked_again_later(error, reason):
     async def scenario(dispatcher, transport):
-        transport.describe_failures = MAX_TRIES
+        transport.describe_failures, transport.describe_error = MAX_TRIES, error
         results = await ask(dispatcher, "a", "b")
-        assert [(r.status, r.text) for r in results] == [(UNAVAILABLE, "tool unavailable: NoController")] * 2
+        assert [(r.status, r.text) for r in results] == [(UNAVAILABLE, f"tool unavailable: {reason}")] * 2
         assert [r.status for r in await ask(dispatcher, "c")] == [OK]
 
     run(scenario)

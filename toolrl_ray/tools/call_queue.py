@@ -1,0 +1,258 @@
+"""The waiting calls and the requests in flight of one tool, for one event loop. Knows no Ray.
+
+    call -> waiting -> request in flight -> result
+               ^             |
+               +-- again ----+   batch broken up, or transport failed and the call may run again
+
+- A call that finds a slot free is sent in the same turn of the event loop, with those that arrived in that turn. Only calls
+  that would have to wait share a request, up to the tool's `max_batch`.
+- A request whose callers have all gone is cancelled.
+- What must run again runs alone, in slots of its own: a call that stalls or kills its replica takes no other call with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import random
+from collections import Counter
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from tools_service.protocol import ToolResult, ToolStatus
+from tools_service.runner import ToolInfo
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+BATCHES_IN_FLIGHT = 4  # per tool: one that runs, others on the wire; more would only make the batches smaller
+SLOW_S = 0.2  # after which a request no longer holds a slot of the batches; more than the service takes to break a batch up
+MAX_TRIES = 3
+BACKOFF_S = 0.1  # before try n+1: 2**n times this, times a random factor in [0.5, 1.5)
+
+
+class TransportError(Exception):
+    """A request failed on its way. not_started: it certainly never reached the tool. The reason may be shown to the policy."""
+
+    def __init__(self, reason: str, not_started: bool = False):
+        super().__init__(reason, not_started)
+        self.reason, self.not_started = reason, not_started
+
+
+class Transport(Protocol):
+    """What carries requests. Both methods raise TransportError and are cancelled when nobody waits for them any more."""
+
+    async def describe(self, tool: str) -> ToolInfo: ...
+
+    async def send(self, tool: str, calls: list[tuple[str, float]]) -> list[ToolResult | None]:
+        """One entry per (argument, seconds left), in order. None: that call must be sent again alone."""
+        ...
+
+
+@dataclass(eq=False)
+class PendingCall:
+    argument: str
+    deadline: float  # of the event loop's clock
+    future: asyncio.Future[ToolResult]
+    tries: int = 0
+    failure: str = ""  # why the last try failed
+
+    def settle(self, result: ToolResult) -> None:
+        if not self.future.done():
+            self.future.set_result(result)
+
+    def expire(self, deadline_s: float) -> None:
+        if self.failure:
+            self.settle(ToolResult(ToolStatus.UNAVAILABLE, f"tool unavailable: {self.failure}"))
+        else:
+            self.settle(ToolResult(ToolStatus.TIMEOUT, f"no answer within {deadline_s:.3g} s"))
+
+
+@dataclass
+class _Slot:
+    shared: bool  # among the batches; otherwise among the requests that carry one call
+
+
+class CallQueue:
+    """The waiting calls and the requests in flight of one tool."""
+
+    def __init__(self, name: str, transport: Transport, max_in_flight: int, counts: Counter[str]):
+        self._name, self._transport, self._max_in_flight, self._counts = name, transport, max_in_flight, counts
+        self._info: ToolInfo | None = None
+        self._live: set[PendingCall] = set()
+        self._waiting: dict[PendingCall, None] = {}  # in order of arrival; a call that ends while it waits is taken out at once
+        self._again: dict[PendingCall, None] = {}
+        self._in_flight: Counter[bool] = Counter()  # requests by _Slot.shared
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._learning = self._pump_scheduled = False
+
+    def is_full(self, max_queued: int) -> bool:
+        if len(self._waiting) + len(self._again) >= max_queued:
+            self._pump()  # what arrived in this turn and finds a slot does not wait
+        return len(self._waiting) + len(self._again) >= max_queued
+
+    def add(self, item: PendingCall) -> None:
+        self._live.add(item)
+        self._waiting[item] = None
+        self._schedule()
+
+    def forget(self, item: PendingCall) -> None:
+        self._live.discard(item)
+        self._waiting.pop(item, None)
+        self._again.pop(item, None)
+
+    async def connect(self) -> None:
+        if self._info is None and not self._learning:
+            self._learning = True
+            await self._learn()
+
+    async def close(self) -> None:
+        for item in list(self._live):
+            item.settle(ToolResult(ToolStatus.UNAVAILABLE, "tool unavailable: the client was closed"))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _schedule(self) -> None:
+        if not self._pump_scheduled:
+            self._pump_scheduled = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        if not self._pump_scheduled:
+            return
+        self._pump_scheduled = False
+        if self._info is None:
+            if self._live and not self._learning:
+                self._learning = True
+                self._spawn(self._learn())
+            return
+        coalesces = self._info.max_batch > 1
+        slots = min(BATCHES_IN_FLIGHT, self._max_in_flight) if coalesces else self._max_in_flight
+        self._fill(self._waiting, self._info.max_batch, slots)
+        self._fill(self._again, 1, self._max_in_flight)
+
+    def _fill(self, waiting: dict[PendingCall, None], size: int, slots: int) -> None:
+        while waiting and self._in_flight[size > 1] < slots:
+            batch = list(itertools.islice(waiting, size))
+            for item in batch:
+                del waiting[item]
+            self._in_flight[size > 1] += 1
+            self._spawn(self._send(batch, _Slot(size > 1)))
+
+    def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _learn(self) -> None:
+        """Asks the service what the tool is, before its first call."""
+        try:
+            for attempt in range(MAX_TRIES):
+                try:
+                    self._info = await self._outcome(asyncio.ensure_future(self._transport.describe(self._name)))
+                    return
+                except TransportError as error:
+                    reason = error.reason
+                    await asyncio.sleep(_backoff_s(attempt))
+            for item in list(self._live):
+                item.settle(ToolResult(ToolStatus.UNAVAILABLE, f"tool unavailable: {reason}"))
+        finally:
+            self._learning = False
+            self._schedule()
+
+    async def _send(self, batch: list[PendingCall], slot: _Slot) -> None:
+        timer = asyncio.get_running_loop().call_later(SLOW_S, self._move, slot)
+        try:
+            results = await self._request(batch)
+            if len(results) != len(batch):
+                raise TransportError(f"{len(results)} results for {len(batch)} calls")
+        except TransportError as error:
+            for item in batch:
+                self._try_again(item, error)
+        else:
+            if len(batch) > 1 and None in results:
+                self._counts["broken_batches"] += 1
+            for item, result in zip(batch, results, strict=True):
+                if result is not None:
+                    item.settle(result)
+                elif len(batch) > 1:
+                    self._requeue(item)
+                else:
+                    self._try_again(item, TransportError("the call was not run", not_started=True))
+        finally:
+            timer.cancel()
+            self._in_flight[slot.shared] -= 1
+            self._schedule()
+
+    def _move(self, slot: _Slot) -> None:
+        """Lets a slow request hold a slot of the single calls instead, so that slow calls do not stop the batches."""
+        if slot.shared and self._in_flight[False] < self._max_in_flight:
+            slot.shared = False
+            self._in_flight[True] -= 1
+            self._in_flight[False] += 1
+            self._schedule()
+
+    async def _request(self, batch: list[PendingCall]) -> list[ToolResult | None]:
+        """Sends one request and gives it up, with no results wanted, as soon as no caller waits for it any more."""
+        now = asyncio.get_running_loop().time()
+        live = [item for item in batch if not item.future.done()]
+        if not live:
+            return [None] * len(batch)
+        self._counts["requests"] += 1
+        if len(batch) > 1:
+            self._counts["coalesced_requests"] += 1
+            self._counts["coalesced_calls"] += len(batch)
+        calls = [(item.argument, max(0.0, item.deadline - now)) for item in batch]
+        request = asyncio.ensure_future(self._transport.send(self._name, calls))
+        num_live = len(live)
+
+        def one_gone(_: asyncio.Future[ToolResult]) -> None:
+            nonlocal num_live
+            num_live -= 1
+            if num_live == 0:
+                request.cancel()
+
+        for item in live:
+            item.future.add_done_callback(one_gone)
+        return await self._outcome(request)
+
+    async def _outcome(self, request: asyncio.Future[T]) -> T:
+        """What the transport answers. Whatever else happens to the request, a defect included, is a TransportError."""
+        try:
+            await asyncio.wait([request])
+        finally:
+            request.cancel()  # does nothing to a request that has ended
+        if request.cancelled():
+            raise TransportError("the request was cancelled")
+        error = request.exception()
+        if error is None:
+            return request.result()
+        if isinstance(error, TransportError):
+            raise error
+        logger.error("transport of tool %s", self._name, exc_info=error)
+        raise TransportError(type(error).__name__) from error
+
+    def _try_again(self, item: PendingCall, error: TransportError) -> None:
+        if item.future.done():
+            return
+        item.tries += 1
+        assert self._info is not None
+        may_repeat = self._info.idempotent or error.not_started
+        if not may_repeat or item.tries >= MAX_TRIES:
+            item.settle(ToolResult(ToolStatus.UNAVAILABLE, f"tool unavailable: {error.reason}"))
+            return
+        self._counts["retries"] += 1
+        item.failure = error.reason
+        asyncio.get_running_loop().call_later(_backoff_s(item.tries - 1), self._requeue, item)
+
+    def _requeue(self, item: PendingCall) -> None:
+        if not item.future.done():
+            self._again[item] = None
+            self._schedule()
+
+
+def _backoff_s(attempt: int) -> float:
+    return BACKOFF_S * 2**attempt * random.uniform(0.5, 1.5)
