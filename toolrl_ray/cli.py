@@ -108,11 +108,11 @@ def _policy_dir(config: Any) -> str:
 
 def _check(config: Any) -> None:
     """What can be wrong without starting anything: tools, tasks, the policy's folder."""
-    from toolrl_ray.tasks.calculator import load_tasks
+    from toolrl_ray.tasks.module import task_module
     from toolrl_ray.tools.local import check_names
 
     check_names(config.tools.names)
-    load_tasks(config.task)
+    task_module(config.task).load_tasks(config.task)
     if config.policy.path != "tiny":
         _policy_dir(config)
 
@@ -174,9 +174,9 @@ def _eval(options: argparse.Namespace) -> int:
 
     def use(parts: Any, policy_dir: str) -> dict[str, float]:
         from toolrl_ray.driver import evaluate
-        from toolrl_ray.tasks.calculator import load_tasks
+        from toolrl_ray.tasks.module import task_module
 
-        return evaluate(config, parts, load_tasks(config.task)[1], "eval")[0]
+        return evaluate(config, parts, task_module(config.task).load_tasks(config.task)[1], "eval")[0]
 
     result = _with_parts(config, options, False, use)
     width = max(map(len, result))

@@ -8,11 +8,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from toolrl_ray.errors import ConfigError
 
 RECIPES = Path(__file__).parent / "recipes"
+
+
+def _absolute(spec: str | None) -> str | None:
+    """Files are named absolutely, because the processes that read them have folders of their own."""
+    if spec is None or not ("/" in spec or ".py" in spec or spec.endswith(".jsonl")):
+        return spec
+    return str(Path(spec).expanduser().absolute())
 
 
 class Section(BaseModel):
@@ -44,8 +51,10 @@ class BootstrapConfig(Section):
 
 class TaskConfig(Section):
     """Which problems. `generated` makes `What is a op b?`; `gsm8k` takes the expressions annotated in GSM8K from `path`
-    (a JSON-lines file with `expr`, `result`, `split`), or from the Hub's openai/gsm8k when no path is given."""
+    (a JSON-lines file with `expr`, `result`, `split`), or from the Hub's openai/gsm8k when no path is given.
+    `module` names the task itself: an importable module or a .py file, see tasks/module.py."""
 
+    module: str = "toolrl_ray.tasks.calculator"
     source: Literal["generated", "gsm8k"] = "generated"
     path: str | None = None
     num_train: int = Field(4096, ge=1)
@@ -53,9 +62,14 @@ class TaskConfig(Section):
     few_shot: int = Field(0, ge=0, le=4)
     seed: int = 0
 
+    @field_validator("module", "path")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        return _absolute(value)
+
     @model_validator(mode="after")
     def _path_only_for_files(self) -> TaskConfig:
-        if self.path is not None and self.source == "generated":
+        if self.path is not None and self.source == "generated" and self.module == "toolrl_ray.tasks.calculator":
             raise ValueError(f"task.path={self.path!r} contradicts task.source='generated', which reads no file; set task.source=gsm8k")
         return self
 
@@ -64,11 +78,17 @@ class ToolsConfig(Section):
     """The tools of the run and the share of the cluster that their replicas take."""
 
     names: list[str] = ["SimpleCalculatorTool"]
+    custom: dict[str, str] = {}  # name -> "module:Class" or "file.py:Class", tools of one's own
     num_replicas: int = Field(1, ge=1)
     num_cpus: float = Field(0.1, gt=0)  # per replica
     max_in_flight: int = Field(64, ge=1)  # requests at once per replica
     max_queued: int = Field(4096, ge=1)  # calls that may wait in the client before OVERLOADED
     start_timeout_s: float = Field(120, gt=0)
+
+    @field_validator("custom")
+    @classmethod
+    def _absolute(cls, value: dict[str, str]) -> dict[str, str]:
+        return {name: _absolute(spec) for name, spec in value.items()}
 
 
 class EpisodeConfig(Section):

@@ -34,7 +34,8 @@ from typing import Any, Protocol
 from toolrl_ray import config as configuration
 from toolrl_ray.config import RunConfig
 from toolrl_ray.evaluation import eval_result, rollout_metrics
-from toolrl_ray.tasks.calculator import TaskStream, load_tasks
+from toolrl_ray.tasks.module import task_module
+from toolrl_ray.tasks.stream import TaskStream
 from toolrl_ray.tracking.metrics import MetricsWriter
 from toolrl_ray.tracking.trajectories import TrajectoryWriter
 from toolrl_ray.tracking.wandb_log import WandbTracker
@@ -101,7 +102,7 @@ class Run:
         """The whole run; returns the summary that `tracking.summary.render` shows."""
         config = self._config
         assert parts.learner is not None and parts.weights is not None
-        train_tasks, heldout = load_tasks(config.task)
+        train_tasks, heldout = task_module(config.task).load_tasks(config.task)
         stream = TaskStream(train_tasks, config.seed)
         self._dir.mkdir(parents=True, exist_ok=True)
         (self._dir / "config.yaml").write_text(configuration.dump(config))

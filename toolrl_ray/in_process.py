@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from toolrl_ray.config import RunConfig
 from toolrl_ray.driver import Parts
 from toolrl_ray.errors import EpisodeError
@@ -80,6 +82,7 @@ class InProcessWeights:
 
 
 def in_process_parts(config: RunConfig, policy_dir: str, *, learner: bool = True) -> Parts:
+    torch.set_num_threads(config.learner.num_threads)
     rollout = InProcessRollout(config, policy_dir)
     if not learner:
         return Parts(rollout, None, None, rollout.close)

@@ -9,7 +9,8 @@ from typing import Any
 import ray
 
 from toolrl_ray.config import RunConfig
-from toolrl_ray.rollout.inbox import Inbox, Outcome
+from toolrl_ray.rollout.assignment import Outcome
+from toolrl_ray.rollout.inbox import Inbox
 from toolrl_ray.rollout.load import load_codec, load_engine
 from toolrl_ray.rollout.runner import EpisodeRunner
 from toolrl_ray.tools.serve_client import ToolClient

@@ -7,10 +7,19 @@ An episode whose actor died, or that the harness could not run, goes back to wai
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 
 from toolrl_ray.errors import RolloutError
-from toolrl_ray.rollout.inbox import Outcome
 from toolrl_ray.types import EpisodeRequest, Trajectory
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one episode ended: with a trajectory, or with the reason why the harness could not run it."""
+
+    episode_id: str
+    trajectory: Trajectory | None
+    failure: str | None = None
 
 
 class Assignment:

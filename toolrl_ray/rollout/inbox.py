@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
 
+from toolrl_ray.rollout.assignment import Outcome
 from toolrl_ray.rollout.runner import EpisodeRunner
-from toolrl_ray.types import EpisodeRequest, Trajectory
+from toolrl_ray.types import EpisodeRequest
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How one episode ended: with a trajectory, or with the reason why the harness could not run it."""
-
-    episode_id: str
-    trajectory: Trajectory | None
-    failure: str | None = None
 
 
 class Inbox:

@@ -7,21 +7,33 @@ then gets work; meanwhile the others go on with its episodes.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from toolrl_ray.config import RunConfig
-from toolrl_ray.errors import RolloutError
+from toolrl_ray.errors import RolloutError, ToolRLError
 from toolrl_ray.rollout.assignment import Assignment
 from toolrl_ray.types import EpisodeRequest, Trajectory
 
+log = logging.getLogger(__name__)
 TAKE_WAIT_S = 2.0
 UNRESPONSIVE_S = 120.0  # a process that does not answer `take` for so long is killed and replaced
 MAX_RESTARTS_IN_A_ROW = 3  # of one actor, with no episode finished in between
+
+
+def _start_error(index: int, error: RayError) -> ToolRLError:
+    """A person's mistake as it is; anything else in one line, with the remote traceback in the log."""
+    cause = getattr(error, "cause", None) or error
+    if isinstance(cause, ToolRLError):
+        return cause
+    log.debug("RolloutActor %d: %s", index, error)
+    reason = " ".join(str(cause).split())[:500]
+    return RolloutError(f"RolloutActor {index} could not load its engine: {type(cause).__name__}: {reason}")
 
 
 class RolloutPool:
@@ -51,6 +63,8 @@ class RolloutPool:
             except GetTimeoutError:
                 seconds = self._config.rollout.start_timeout_s
                 raise RolloutError(f"RolloutActor {i} was not ready within {seconds:g} s (rollout.start_timeout_s)") from None
+            except RayError as error:
+                raise _start_error(i, error) from None
         return pids
 
     def collect(
@@ -121,7 +135,7 @@ class RolloutPool:
         except RayActorError as error:
             return self._lost(index, book, error)
         except RayTaskError as error:
-            raise RolloutError(f"RolloutActor {index} could not load its engine again: {error.cause}") from None
+            raise _start_error(index, error) from None
         self._readmit()
         book.back(index)
 

@@ -8,7 +8,7 @@ from toolrl_ray.config import RunConfig
 from toolrl_ray.episode.call_format import TextMarkers
 from toolrl_ray.episode.codec import HFCodec
 from toolrl_ray.episode.loop import Limits, run_episode
-from toolrl_ray.tasks.calculator import calculator_reward, render_prompt
+from toolrl_ray.tasks.module import task_module
 from toolrl_ray.types import CallToolFn, Completion, EpisodeRequest, SamplingParams, Trajectory
 
 
@@ -33,12 +33,13 @@ class EpisodeRunner:
         self._generate = generate
         self._call_tool = call_tool
         self._codec = codec
+        self._task = task_module(config.task)
         self._limits = Limits(**config.episode.model_dump())
 
     async def run(self, request: EpisodeRequest, temperature: float) -> Trajectory:
         trajectory = await run_episode(
             request,
-            render_prompt(request.task, self._config.task.few_shot),
+            self._task.render_prompt(request.task, self._config.task.few_shot),
             generate=self._generate,
             call_tool=self._call_tool,
             codec=self._codec,
@@ -46,5 +47,5 @@ class EpisodeRunner:
             limits=self._limits,
             temperature=temperature,
         )
-        trajectory.reward = calculator_reward(trajectory)
+        trajectory.reward = float(self._task.reward(trajectory))
         return trajectory

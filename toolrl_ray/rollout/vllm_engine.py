@@ -43,7 +43,7 @@ class VLLMEngine:
         args = AsyncEngineArgs(
             model=policy_dir,
             dtype=config.policy.dtype,
-            max_model_len=config.episode.max_context_tokens + 1,
+            max_model_len=config.episode.max_context_tokens,
             max_num_seqs=num_sequences,
             enable_prefix_caching=True,
             enforce_eager=not on_gpu,

@@ -1,0 +1,115 @@
+"""`toolrl train` on real Ray, Serve, vLLM and DeepSpeed: the run folder, and what a death in mid-collection costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from toolrl_ray import cli, cluster, config
+from toolrl_ray.bootstrap.build import ensure_tiny_policy
+from toolrl_ray.driver import Run
+from toolrl_ray.tracking.trajectories import load_trajectories
+
+SMALL = ["task.num_train=256", "task.num_heldout=32", "eval.num_tasks=32", "bootstrap.num_steps=20", "train.tasks_per_step=16"]
+
+
+@pytest.fixture(autouse=True)
+def own_cluster(monkeypatch, tmp_path_factory):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("TOOLRL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def check_run_folder(run_dir: Path, num_steps: int, num_rows: int) -> None:
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["train"]["num_steps"] == num_steps
+    metrics = lines(run_dir / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == list(range(1, num_steps + 1))
+    assert all(m["weights/policy_version"] == m["step"] for m in metrics)
+    assert all(0 <= m["mismatch/kl"] < 1e-3 and m["mismatch/mean_abs_logprob_diff"] < 1e-3 for m in metrics)
+    trajectories = load_trajectories(run_dir / "trajectories.jsonl")
+    assert len(trajectories) == num_steps * num_rows
+    for step, trajectory in trajectories:
+        assert {v for v, trained in zip(trajectory.policy_versions, trajectory.loss_mask, strict=True) if trained} == {step - 1}
+    assert {"before", "after"} <= set(json.loads((run_dir / "eval.json").read_text()))
+
+
+def check_policy_loads(run_dir: Path) -> None:
+    """The final policy gives the logprobs that the last rollouts were close to, with nothing but transformers."""
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "policy")
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "policy")
+    _, trajectory = load_trajectories(run_dir / "eval" / "after" / "trajectories.jsonl")[0]
+    assert tokenizer.decode(trajectory.token_ids) == "".join(s.text + s.overhang for s in trajectory.segments)
+    logits = model(torch.tensor([trajectory.token_ids])).logits[0]
+    sampled = [i for i, trained in enumerate(trajectory.loss_mask) if trained]
+    assert [int(logits[i - 1].argmax()) for i in sampled] == [trajectory.token_ids[i] for i in sampled]  # eval was greedy
+
+
+def test_train_leaves_a_complete_run_folder_and_two_ranks_work_with_zero_2(tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    code = cli.main(
+        ["train", "calculator", f"run_dir={run_dir}", *SMALL, "train.num_steps=2", "learner.num_ranks=2", "learner.zero_stage=2",
+         "learner.num_cpus=0.25"]  # fmt: skip
+    )
+    assert code == 0
+    check_run_folder(run_dir, 2, 16)
+    check_policy_loads(run_dir)
+    out = capsys.readouterr().out
+    assert "held-out accuracy" in out and str(run_dir) in out
+
+
+def test_killing_a_rollout_actor_costs_its_episodes_and_nothing_else(tmp_path):
+    settings = config.load("calculator", [*SMALL, "train.num_steps=3", "train.tasks_per_step=48", "rollout.max_in_flight=8", "eval.num_tasks=4"])
+    lines_said: list[str] = []
+    cluster.connect(settings, lines_said.append)
+    try:
+        policy_dir = str(ensure_tiny_policy(settings, lines_said.append))
+        parts = cluster.ray_parts(settings, policy_dir, lines_said.append)
+        pids = parts.rollout.start()  # nothing to load any more: tells the process ids
+        killed = threading.Event()
+        collect = parts.rollout.collect
+
+        def collect_and_kill(requests, **options):
+            def on_trajectories(trajectories):
+                if trajectories and requests[0].episode_id.startswith("2:") and not killed.is_set():
+                    os.kill(pids[0], signal.SIGKILL)
+                    killed.set()
+
+            return collect(requests, on_trajectories=on_trajectories, **options)
+
+        parts.rollout.collect = collect_and_kill
+        try:
+            Run(settings, tmp_path / "run", policy_dir, lines_said.append).train(parts)
+        finally:
+            parts.close()
+    finally:
+        cluster.disconnect()
+    assert killed.is_set()
+    check_run_folder(tmp_path / "run", 3, 48)
+    metrics = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [m["rollout/actor_restarts"] for m in metrics] == [0, 1, 1]
+    assert metrics[0]["rollout/episodes_rerun"] == 0
+    assert 1 <= metrics[1]["rollout/episodes_rerun"] <= 8  # those in flight on the actor, no more
+    episodes = [t.request.episode_id for _, t in load_trajectories(tmp_path / "run" / "trajectories.jsonl")]
+    assert len(set(episodes)) == len(episodes) == 3 * 48
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def test_a_plan_that_does_not_fit_is_refused_by_name(tmp_path, capsys):
+    code = cli.main(["train", "calculator", f"run_dir={tmp_path / 'run'}", "rollout.num_actors=64", "learner.num_gpus=1"])
+    assert code == 2
+    error = capsys.readouterr().err
+    assert "64" in error and "GPUs are needed (learner 1) and 0 are there" in error
+    assert len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+

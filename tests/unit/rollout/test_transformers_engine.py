@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from toolrl_ray.rollout.transformers_engine import TransformersEngine
+from toolrl_ray.types import SamplingParams
+
+VOCABULARY = "\0\1abcdefghij<>"  # id 0 is padding, id 1 is EOS
+EOS = 1
+
+
+def decode(ids: list[int]) -> str:
+    return "".join(VOCABULARY[i] for i in ids)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(VOCABULARY), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=64
+    )
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture
+def engine(model):
+    return TransformersEngine(model, decode, [EOS], max_batch=4, seed=0, policy_version=5)
+
+
+def generate(engine, *jobs):
+    async def run():
+        return await asyncio.gather(*(engine.generate(ids, params) for ids, params in jobs))
+
+    return asyncio.run(run())
+
+
+def reference(model, ids, temperature=1.0):
+    with torch.no_grad():
+        return torch.log_softmax(model(torch.tensor([ids])).logits[0].float() / temperature, dim=-1)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_logprobs_are_those_of_the_distribution_sampled_from_whatever_shares_the_batch(model, engine, temperature):
+    params = SamplingParams(temperature, 12, ("<>",))
+    prompts = [[2, 3, 4], [5], [6, 7, 8, 9, 2, 3], [4, 4], [7, 7, 7]]  # more than one batch, lengths mixed
+    for prompt, completion in zip(prompts, generate(engine, *((p, params) for p in prompts)), strict=True):
+        wanted = reference(model, prompt + completion.token_ids, temperature)
+        for i, (token, logprob) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True)):
+            assert logprob == pytest.approx(float(wanted[len(prompt) + i - 1, token]), abs=1e-5)
+        assert completion.policy_versions == [5] * len(completion.token_ids)
+
+
+def test_greedy_takes_the_likeliest_token(model, engine):
+    [completion] = generate(engine, ([2, 3], SamplingParams(0.0, 6, ())))
+    ids = [2, 3]
+    for token in completion.token_ids:
+        assert token == int(reference(model, ids)[-1].argmax())
+        ids.append(token)
+
+
+def test_sampling_follows_the_models_distribution(model, engine):
+    prompt = [2, 3]
+    params = SamplingParams(1.0, 1, ())
+    tokens = [c.token_ids[0] for c in generate(engine, *[(prompt, params)] * 2000)]
+    counts = torch.bincount(torch.tensor(tokens), minlength=len(VOCABULARY)) / 2000
+    assert float((counts - reference(model, prompt)[-1].exp()).abs().max()) < 0.04
+
+
+def test_a_row_ends_at_stop_string_eos_or_length_and_keeps_what_it_sampled(engine):
+    params = SamplingParams(1.0, 20, ("a", "<>"))
+    completions = generate(engine, *[([2 + i % 5], params) for i in range(60)])
+    reasons = {"stop": 0, "length": 0}
+    for completion in completions:
+        text = decode(completion.token_ids)
+        reasons[completion.finish_reason] += 1
+        if completion.finish_reason == "length":
+            assert len(completion.token_ids) == 20
+            assert "a" not in text and "<>" not in text and EOS not in completion.token_ids
+        else:
+            assert text.endswith(("a", "<>", "\1"))
+            assert not any(stop in text[:-1] for stop in params.stop)
+    assert min(reasons.values()) > 0
+
+
+def test_rows_of_one_batch_have_their_own_limits(engine):
+    short, long = generate(engine, ([2], SamplingParams(1.0, 1, ())), ([2], SamplingParams(0.0, 7, ())))
+    assert len(short.token_ids) == 1
+    assert len(long.token_ids) in range(1, 8)
+
+
+def test_new_weights_are_sampled_from_and_stamped(model, engine):
+    before = generate(engine, ([2, 3], SamplingParams(0.0, 3, ())))[0]
+    changed = {name: p.detach() + 0.5 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) for name, p in model.named_parameters()}
+    twin = LlamaForCausalLM(model.config)
+    own = TransformersEngine(twin, decode, [EOS], max_batch=4, seed=0, policy_version=0)
+    own.load_weights(changed.items())
+    asyncio.run(own.finish_weight_update(9))
+    after = generate(own, ([2, 3], SamplingParams(0.0, 3, ())))[0]
+    assert after.policy_versions[0] == 9
+    assert float(reference(twin, [2, 3, *after.token_ids])[1, after.token_ids[0]]) == pytest.approx(after.logprobs[0], abs=1e-5)
+    assert before.logprobs != after.logprobs
+
+
+def test_a_failure_of_the_model_reaches_every_waiting_episode(engine):
+    async def run():
+        return await asyncio.gather(
+            *(engine.generate([10**6], SamplingParams(1.0, 2, ())) for _ in range(3)), return_exceptions=True
+        )
+
+    assert all(isinstance(error, IndexError) for error in asyncio.run(run()))

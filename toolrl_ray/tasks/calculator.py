@@ -1,0 +1,144 @@
+"""The calculator task: `What is 13.1-3?`, from generated expressions or from those annotated in GSM8K.
+
+A task module offers three functions: `load_tasks(config) -> (train, held-out)`, `render_prompt(task, few_shot)`, and
+`reward(trajectory)`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from toolrl_ray.config import TaskConfig
+from toolrl_ray.errors import ConfigError, MissingDependency
+from toolrl_ray.tasks.expressions import generated_expression, normalise
+from toolrl_ray.tasks.prompts import question
+from toolrl_ray.types import StopReason, Task, Trajectory
+from tools_service.calculator import calculate
+from tools_service.protocol import ToolError
+
+TOLERANCE = 0.01
+NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?(?:[eE][-+]?\d+)?"
+RESULT = re.compile(rf"Result=\s*({NUMBER})\s*<submit>")
+ANNOTATION = re.compile(r"<<([^<>=]+)=([^<>]+)>>")
+
+
+def render_prompt(task: Task, few_shot: int) -> str:
+    """task.prompt is the expression."""
+    return question(task.prompt, few_shot)
+
+
+def reward(trajectory: Trajectory) -> float:
+    """1.0 when the policy submitted `Result=NUMBER<submit>` with a number within TOLERANCE of the answer, else 0.0.
+
+    Only the submitting turn's own text counts, never what a tool wrote.
+    """
+    if trajectory.stop_reason is not StopReason.SUBMITTED:
+        return 0.0
+    matches = list(RESULT.finditer(trajectory.final_text))
+    submitted = _number(matches[-1][1]) if matches else None
+    answer = _number(trajectory.request.task.answer)
+    if submitted is None or answer is None:
+        return 0.0
+    return float(abs(submitted - answer) < TOLERANCE)
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text.replace(",", ""))
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def load_tasks(config: TaskConfig) -> tuple[list[Task], list[Task]]:
+    """(train, held-out), which never share an expression; a pure function of the settings and the file.
+
+    Raises ConfigError when there are fewer tasks than asked for, or a line of the file is not as it must be.
+    """
+    if config.source == "generated":
+        return _generated(config)
+    rows = _rows_of_file(Path(config.path)) if config.path else _rows_of_hub()
+    return _annotated(config, rows)
+
+
+def _generated(config: TaskConfig) -> tuple[list[Task], list[Task]]:
+    wanted = config.num_heldout + config.num_train
+    rng = random.Random(f"calculator/{config.seed}")
+    expressions: dict[str, str] = {}
+    for _ in range(20 * wanted):
+        expression = generated_expression(rng)
+        expressions.setdefault(normalise(expression), expression)
+        if len(expressions) == wanted:
+            break
+    else:
+        raise ConfigError(
+            f"task.num_train={config.num_train} and task.num_heldout={config.num_heldout} ask for {wanted} different expressions, "
+            f"and the generator found {len(expressions)}; ask for fewer"
+        )
+    tasks = [(expression, calculate(expression)) for expression in expressions.values()]
+    # Held-out first, so that more training tasks do not change what is held out.
+    return _tasks("generated/train", tasks[config.num_heldout :]), _tasks("generated/heldout", tasks[: config.num_heldout])
+
+
+def _annotated(config: TaskConfig, rows: Iterator[tuple[str, str, str]]) -> tuple[list[Task], list[Task]]:
+    splits: dict[str, dict[str, tuple[str, str]]] = {"train": {}, "test": {}}
+    for split, expression, result in rows:
+        try:
+            # A few annotations are wrong or abbreviated: only those whose result the expression has can be asked.
+            if abs(float(calculate(expression)) - float(calculate(result))) >= TOLERANCE:
+                continue
+        except ToolError:
+            continue
+        splits[split].setdefault(normalise(expression), (expression, result))
+    heldout = [row for key, row in splits["test"].items() if key not in splits["train"]]
+    train = list(splits["train"].values())
+    random.Random(f"gsm8k/{config.seed}/train").shuffle(train)
+    random.Random(f"gsm8k/{config.seed}/heldout").shuffle(heldout)
+    if len(heldout) < config.num_heldout or not train:
+        raise ConfigError(
+            f"task.num_heldout={config.num_heldout}, but {config.path or 'openai/gsm8k'} has {len(heldout)} held-out and "
+            f"{len(train)} training expressions; set task.num_heldout lower"
+        )
+    return _tasks("gsm8k/train", train[: config.num_train]), _tasks("gsm8k/test", heldout[: config.num_heldout])
+
+
+def _tasks(name: str, rows: list[tuple[str, str]]) -> list[Task]:
+    source = name.split("/")[0]
+    return [Task(f"{name}/{i}", expression, answer, source) for i, (expression, answer) in enumerate(rows)]
+
+
+def _rows_of_file(path: Path) -> Iterator[tuple[str, str, str]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"task.path={str(path)!r} cannot be read ({error.strerror}); give a JSON-lines file with expr, result, split") from None
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            split, expression, result = row["split"], row["expr"], row["result"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"{path}:{number}: not a JSON object with expr, result and split ({type(error).__name__}: {error})") from None
+        if split not in ("train", "test") or not isinstance(expression, str) or not isinstance(result, str):
+            raise ConfigError(f"{path}:{number}: expr and result must be text and split train or test, not {row!r}"[:300])
+        yield split, expression, result
+
+
+def _rows_of_hub() -> Iterator[tuple[str, str, str]]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise MissingDependency("task.source=gsm8k without task.path reads the Hub: pip install 'toolrl-ray[hub]', or set task.path") from None
+    try:
+        dataset = load_dataset("openai/gsm8k", "main")
+    except (OSError, ValueError, RuntimeError) as error:
+        first = " ".join(str(error).split())[:160]
+        raise ConfigError(f"openai/gsm8k cannot be loaded from the Hub ({first}); set task.path to a local file") from None
+    for split in ("train", "test"):
+        for row in dataset[split]:
+            for expression, result in ANNOTATION.findall(row["answer"]):
+                yield split, expression, result
