@@ -116,8 +116,12 @@ def _rows_of_file(path: Path) -> Iterator[tuple[str, str, str]]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"task.path={str(path)!r} cannot be read ({error.strerror}); give a JSON-lines file with expr, result, split") from None
-    for number, line in enumerate(text.splitlines(), start=1):
+        raise ConfigError(
+            f"task.path={str(path)!r} cannot be read ({error.strerror}); give a JSON-lines file with expr, result, split"
+        ) from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"task.path={str(path)!r} is not UTF-8 text; give a JSON-lines file with expr, result, split") from None
+    for number, line in enumerate(text.rstrip("\n").split("\n"), start=1):
         try:
             row = json.loads(line)
             split, expression, result = row["split"], row["expr"], row["result"]
@@ -132,7 +136,9 @@ def _rows_of_hub() -> Iterator[tuple[str, str, str]]:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise MissingDependency("task.source=gsm8k without task.path reads the Hub: pip install 'toolrl-ray[hub]', or set task.path") from None
+        raise MissingDependency(
+            "task.source=gsm8k without task.path reads the Hub: pip install 'toolrl-ray[hub]', or set task.path"
+        ) from None
     try:
         dataset = load_dataset("openai/gsm8k", "main")
     except (OSError, ValueError, RuntimeError) as error:

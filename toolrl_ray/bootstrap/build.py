@@ -1,0 +1,88 @@
+"""`ensure_tiny_policy`: the tiny policy's folder, made when it is not in the cache.
+
+The cache key covers everything that shapes the result: the bootstrap settings, the few-shot prompt, the held-out tasks
+that the warm start must not see, and the code itself. A folder is written aside and renamed whole, so that a folder under
+its final name is complete; of two processes that make the same one, the first to finish wins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from toolrl_ray.config import RunConfig
+from toolrl_ray.errors import ConfigError
+from toolrl_ray.tasks.expressions import normalise
+from toolrl_ray.tasks.module import task_module
+
+PACKAGE = Path(__file__).resolve().parents[1]
+SOURCES = (*sorted((PACKAGE / "bootstrap").glob("*.py")), PACKAGE / "tasks" / "expressions.py", PACKAGE / "tasks" / "prompts.py")
+
+
+def cache_dir() -> Path:
+    """$TOOLRL_CACHE, or ~/.cache/toolrl."""
+    return Path(os.environ.get("TOOLRL_CACHE") or Path.home() / ".cache" / "toolrl").expanduser()
+
+
+def ensure_tiny_policy(config: RunConfig, log: Callable[[str], None] = print) -> Path:
+    """Folder of the warm-started policy (Hugging Face layout); `log` gets progress lines while it is made.
+
+    Raises ConfigError when the cache folder cannot be written.
+    """
+    heldout = frozenset(normalise(task.prompt) for task in task_module(config.task).load_tasks(config.task)[1])
+    folder = cache_dir() / f"tiny-{_key(config, heldout)}"
+    if folder.is_dir():
+        return folder
+    log(f"making the tiny policy ({config.bootstrap.num_steps} steps of warm start): {folder}")
+    started = time.monotonic()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.making-", dir=folder.parent))
+    except OSError as error:
+        raise ConfigError(f"cache folder {str(folder.parent)!r} cannot be written ({error.strerror}); set TOOLRL_CACHE to one that can") from None
+    try:
+        _make(config, heldout, aside, log)
+        aside.chmod(0o755)
+        _rename(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)  # nothing is left there once it is renamed
+    log(f"tiny policy ready after {time.monotonic() - started:.0f} s")
+    return folder
+
+
+def _rename(aside: Path, folder: Path) -> None:
+    """Renaming onto a folder that is not empty fails: another process has made the same policy meanwhile, which then serves."""
+    try:
+        aside.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+
+
+def _make(config: RunConfig, heldout: frozenset[str], folder: Path, log: Callable[[str], None]) -> None:
+    from toolrl_ray.bootstrap.demonstrations import Demonstrations
+    from toolrl_ray.bootstrap.model import make_model
+    from toolrl_ray.bootstrap.tokenizer import make_tokenizer
+    from toolrl_ray.bootstrap.warm_start import warm_start
+
+    settings = config.bootstrap
+    tokenizer = make_tokenizer(settings.max_context_tokens)
+    model = make_model(settings, tokenizer)
+    rows = Demonstrations(settings.seed, settings.tool_share, config.task.few_shot, heldout)
+    warm_start(model, tokenizer, rows, settings, log)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _key(config: RunConfig, heldout: frozenset[str]) -> str:
+    digest = hashlib.sha256()
+    digest.update(json.dumps([config.bootstrap.model_dump(), config.task.few_shot, sorted(heldout)], sort_keys=True).encode())
+    for source in SOURCES:
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,122 @@
+"""What the warm start shows the tiny policy: demonstrations of whole episodes, and exercises in copying.
+
+Half of the expressions are of the generated task, half have the shape of a word problem's working (GSM8K's annotations:
+several operators, parentheses, prices, ".5", long round numbers). None is in the held-out set.
+
+Three kinds of row:
+- a *demonstration* answers a question, with the tool (`tool_share` of them) or with a guess; it teaches when to call;
+- an *exercise* is an episode with the tool, whose decision to call is not trained; it teaches what to write in a call
+  and what to do with its answer, and leaves the share of calls as the demonstrations set it;
+- a *drill* repeats a random string; it teaches to copy before the strings mean anything.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from toolrl_ray.bootstrap.tokenizer import CHARACTERS
+from toolrl_ray.tasks.expressions import generated_expression, normalise
+from toolrl_ray.tasks.prompts import question, tool_answer, tool_call
+from tools_service.calculator import calculate
+from tools_service.protocol import ToolError
+
+MAX_CHARACTERS = 32  # of an expression
+MAX_DRILL_CHARACTERS = 12
+REQUEST, RESULT = "<request>", "\n\nResult="
+
+
+@dataclass(frozen=True)
+class Part:
+    text: str
+    trained: bool
+
+
+Row = list[Part]
+
+
+class Demonstrations:
+    """Rows of each kind, without end and without repetition of their random draws; a pure function of the seed."""
+
+    def __init__(self, seed: int, tool_share: float, few_shot: int, heldout: frozenset[str]):
+        """heldout: normalised expressions that no row asks for."""
+        self._rng = random.Random(f"demonstrations/{seed}")
+        self._tool_share = tool_share
+        self._few_shot = few_shot
+        self._heldout = heldout
+        self._solved = self._solve()
+
+    def demonstration(self) -> Row:
+        expression, result = next(self._solved)
+        prompt = Part(question(expression, self._few_shot), False)
+        if self._rng.random() < self._tool_share:
+            return [prompt, Part(tool_call(expression), True), Part(f"{result}<response>", False), Part(tool_answer(result), True)]
+        return [prompt, Part(tool_answer(_guess(self._rng, result)).lstrip("\n"), True)]
+
+    def exercise(self) -> Row:
+        expression, result = next(self._solved)
+        prompt = Part(question(expression, self._few_shot) + REQUEST, False)
+        call = Part(tool_call(expression).removeprefix(REQUEST), True)
+        return [prompt, call, Part(f"{result}<response>", False), Part(tool_answer(result), True)]
+
+    def drill(self) -> Row:
+        characters = CHARACTERS if self._rng.random() < 0.6 else "0123456789.+-*/()"
+        text = "".join(self._rng.choice(characters) for _ in range(self._rng.randint(3, MAX_DRILL_CHARACTERS)))
+        markers = ("What is ", "<SimpleCalculatorTool>", "\n\nResult=", "<response>", "<call>")
+        row = []
+        for copy in range(3):
+            row += [Part(self._rng.choice(markers), False), Part(text, copy > 0)]
+        return row
+
+    def _solve(self) -> Iterator[tuple[str, str]]:
+        while True:
+            expression = generated_expression(self._rng) if self._rng.random() < 0.5 else word_problem_expression(self._rng)
+            if len(expression) > MAX_CHARACTERS or normalise(expression) in self._heldout:
+                continue
+            try:
+                yield expression, calculate(expression)
+            except ToolError:
+                continue  # 5/(3-3)
+
+
+def _guess(rng: random.Random, result: str) -> str:
+    """A number of the result's sign, length and decimals with random digits: plausible, and nearly always wrong."""
+    guess = ""
+    for character in result:
+        if character.isdigit():
+            character = str(rng.randint(0 if any(c.isdigit() for c in guess) else 1, 9))
+        guess += character
+    return guess
+
+
+def word_problem_expression(rng: random.Random) -> str:
+    """An expression as people write it between << and >>: mostly one operator, sometimes a chain or parentheses."""
+    kind = rng.random()
+    if kind < 0.55:
+        return f"{_operand(rng)}{rng.choice('+-*/')}{_operand(rng)}"
+    if kind < 0.75:
+        return _operand(rng) + "".join(rng.choice("+-*/") + _operand(rng) for _ in range(rng.randint(2, 3)))
+    if kind < 0.85:
+        return rng.choice("+++-").join(_operand(rng) for _ in range(rng.randint(3, 7)))
+    if kind < 0.97:
+        inner = f"({_operand(rng)}{rng.choice('+-/*')}{_operand(rng)})"
+        outer = rng.choice("*/+-")
+        return f"{inner}{outer}{_operand(rng)}" if rng.random() < 0.5 else f"{_operand(rng)}{outer}{inner}"
+    return rng.choice(("", "+", "-")) + _operand(rng)
+
+
+def _operand(rng: random.Random) -> str:
+    """Short integers, round numbers, long numbers, prices, shares (0.25, .5) and percentages."""
+    kind = rng.random()
+    if kind < 0.4:
+        return str(rng.randint(1, 10 ** rng.randint(1, 3)))
+    if kind < 0.6:
+        return str(rng.randint(1, 99)) + "0" * rng.randint(1, 4)
+    if kind < 0.7:
+        return str(rng.randint(1, 10 ** rng.randint(4, 7)))
+    if kind < 0.83:
+        return f"{rng.randint(0, 10 ** rng.randint(1, 3))}.{rng.randint(0, 99):02d}"
+    if kind < 0.98:
+        return rng.choice(("0", "", "1")) + f".{rng.randint(1, 99)}"
+    return f"{rng.randint(1, 100)}%"
