@@ -89,9 +89,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load(options: argparse.Namespace) -> Any:
-    from toolrl_ray import config
+    from toolrl_ray import recipe
 
-    return config.load(options.recipe, options.overrides)
+    return recipe.load(options.recipe, options.overrides)
 
 
 def _policy_dir(config: Any) -> str:
@@ -109,9 +109,9 @@ def _policy_dir(config: Any) -> str:
 def _check(config: Any) -> None:
     """What can be wrong without starting anything: tools, tasks, the policy's folder."""
     from toolrl_ray.tasks.module import task_module
-    from toolrl_ray.tools.local import check_names
+    from toolrl_ray.tools.local import tool_factories
 
-    check_names(config.tools.names)
+    tool_factories(config.tools)
     task_module(config.task).load_tasks(config.task)
     if config.policy.path != "tiny":
         _policy_dir(config)

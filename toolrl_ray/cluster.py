@@ -83,7 +83,9 @@ def ray_parts(config: RunConfig, policy_dir: str, say: Callable[[str], None], *,
     pool = RolloutPool(config, rollout_actors, readmit=lambda: weights.readmit() if weights else None)
     learner_group = LearnerGroup(config, learners) if learner else None
     try:
-        say(f"starting {len(rollout_actors)} RolloutActor(s) on {config.rollout.engine}, {len(learners)} LearnerActor(s), the tools service")
+        say(
+            f"starting {len(rollout_actors)} RolloutActor(s) on {config.rollout.engine}, {len(learners)} LearnerActor(s), the tools service"
+        )
         with ThreadPoolExecutor() as threads:
             jobs = [threads.submit(pool.start), threads.submit(start_tools, config.tools, app_name)]
             if learner_group:

@@ -31,9 +31,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from toolrl_ray import config as configuration
 from toolrl_ray.config import RunConfig
 from toolrl_ray.evaluation import eval_result, rollout_metrics
+from toolrl_ray.recipe import dump
 from toolrl_ray.tasks.module import task_module
 from toolrl_ray.tasks.stream import TaskStream
 from toolrl_ray.tracking.metrics import MetricsWriter
@@ -105,7 +105,7 @@ class Run:
         train_tasks, heldout = task_module(config.task).load_tasks(config.task)
         stream = TaskStream(train_tasks, config.seed)
         self._dir.mkdir(parents=True, exist_ok=True)
-        (self._dir / "config.yaml").write_text(configuration.dump(config))
+        (self._dir / "config.yaml").write_text(dump(config))
         started = time.monotonic()
         tracker = WandbTracker(config, self._dir)
         self._say(tracker.note)

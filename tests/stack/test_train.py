@@ -13,7 +13,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from toolrl_ray import cli, cluster, config
+from toolrl_ray import cli, cluster, recipe
 from toolrl_ray.bootstrap.build import ensure_tiny_policy
 from toolrl_ray.driver import Run
 from toolrl_ray.tracking.trajectories import load_trajectories
@@ -58,8 +58,16 @@ def check_policy_loads(run_dir: Path) -> None:
 def test_train_leaves_a_complete_run_folder_and_two_ranks_work_with_zero_2(tmp_path, capsys):
     run_dir = tmp_path / "run"
     code = cli.main(
-        ["train", "calculator", f"run_dir={run_dir}", *SMALL, "train.num_steps=2", "learner.num_ranks=2", "learner.zero_stage=2",
-         "learner.num_cpus=0.25"]  # fmt: skip
+        [
+            "train",
+            "calculator",
+            f"run_dir={run_dir}",
+            *SMALL,
+            "train.num_steps=2",
+            "learner.num_ranks=2",
+            "learner.zero_stage=2",
+            "learner.num_cpus=0.25",
+        ]  # fmt: skip
     )
     assert code == 0
     check_run_folder(run_dir, 2, 16)
@@ -69,7 +77,9 @@ def test_train_leaves_a_complete_run_folder_and_two_ranks_work_with_zero_2(tmp_p
 
 
 def test_killing_a_rollout_actor_costs_its_episodes_and_nothing_else(tmp_path):
-    settings = config.load("calculator", [*SMALL, "train.num_steps=3", "train.tasks_per_step=48", "rollout.max_in_flight=8", "eval.num_tasks=4"])
+    settings = recipe.load(
+        "calculator", [*SMALL, "train.num_steps=3", "train.tasks_per_step=48", "rollout.max_in_flight=8", "eval.num_tasks=4"]
+    )
     lines_said: list[str] = []
     cluster.connect(settings, lines_said.append)
     try:
@@ -112,4 +122,3 @@ def test_a_plan_that_does_not_fit_is_refused_by_name(tmp_path, capsys):
     assert "64" in error and "GPUs are needed (learner 1) and 0 are there" in error
     assert len(error.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
-

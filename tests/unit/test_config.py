@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from toolrl_ray import config
+from toolrl_ray import recipe as recipes
 from toolrl_ray.errors import ConfigError
 
 
@@ -22,14 +23,14 @@ def recipe(tmp_path: Path) -> str:
 
 def complaint(recipe: str, *overrides: str) -> str:
     with pytest.raises(ConfigError) as raised:
-        config.load(recipe, overrides)
+        recipes.load(recipe, overrides)
     message = str(raised.value)
     assert "\n" not in message
     return message
 
 
 def test_a_recipe_is_its_file_over_the_defaults(recipe: str) -> None:
-    loaded = config.load(recipe)
+    loaded = recipes.load(recipe)
     assert loaded.recipe == "small"
     assert loaded.train.num_steps == 3
     assert loaded.train.tasks_per_step == config.TrainConfig().tasks_per_step
@@ -50,17 +51,17 @@ def test_a_recipe_is_its_file_over_the_defaults(recipe: str) -> None:
     ],
 )
 def test_an_override_sets_its_key(recipe: str, override: str, read, value) -> None:
-    assert read(config.load(recipe, [override])) == value
+    assert read(recipes.load(recipe, [override])) == value
 
 
 def test_the_last_override_of_a_key_holds(recipe: str) -> None:
-    assert config.load(recipe, ["train.num_steps=1", "train.num_steps=2"]).train.num_steps == 2
+    assert recipes.load(recipe, ["train.num_steps=1", "train.num_steps=2"]).train.num_steps == 2
 
 
 def test_an_unknown_recipe_is_named_with_those_that_exist() -> None:
     message = complaint("calculater")
     assert "'calculater'" in message
-    assert all(name in message for name in config.recipe_names())
+    assert all(name in message for name in recipes.recipe_names())
     assert ".yaml" in message
 
 
@@ -97,7 +98,7 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(recipe: str, overrid
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (["task.path=x.jsonl"], ["task.path='x.jsonl'", "task.source='generated'", "set task.source=gsm8k"]),
+        (["task.path=x.jsonl"], ["x.jsonl'", "task.source='generated'", "set task.source=gsm8k"]),
         (["algo.advantage=grpo", "algo.kl_coef=0"], ["algo.advantage=grpo", "train.group_size=1", "set train.group_size=2"]),
         (["algo.advantage=rloo", "train.group_size=4"], ["algo.advantage=rloo", "algo.kl_in=reward", "set algo.kl_in=loss"]),
         (["algo.kl_in=loss"], ["algo.kl_estimator=k1", "algo.kl_in=loss", "set algo.kl_estimator=k2 or k3"]),
@@ -134,12 +135,12 @@ def test_a_broken_file_is_named(tmp_path: Path, text: str, part: str) -> None:
     assert part in message
 
 
-@pytest.mark.parametrize("name", config.recipe_names())
+@pytest.mark.parametrize("name", recipes.recipe_names())
 def test_the_saved_configuration_of_a_recipe_loads_as_the_same(name: str, tmp_path: Path) -> None:
-    loaded = config.load(name)
+    loaded = recipes.load(name)
     path = tmp_path / "config.yaml"
-    path.write_text(config.dump(loaded))
-    assert config.load(str(path)) == loaded
+    path.write_text(recipes.dump(loaded))
+    assert recipes.load(str(path)) == loaded
 
 
 names = st.text(st.characters(codec="ascii", categories=["L", "N", "P"]), min_size=1)
@@ -150,4 +151,4 @@ def test_any_configuration_survives_being_saved(lr: float, steps: int, path: str
     original = config.RunConfig.model_validate(
         {"recipe": "r", "learner": {"lr": lr}, "train": {"num_steps": steps}, "policy": {"path": path}}
     )
-    assert config.RunConfig.model_validate(yaml.safe_load(config.dump(original))) == original
+    assert config.RunConfig.model_validate(yaml.safe_load(recipes.dump(original))) == original

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from toolrl_ray import config
+from toolrl_ray import recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(path for package in ("toolrl_ray", "tools_service") for path in (ROOT / package).rglob("*.py"))
@@ -86,9 +86,9 @@ def test_every_package_folder_has_an_init_file() -> None:
 
 
 def test_there_is_a_recipe_named_calculator() -> None:
-    assert "calculator" in config.recipe_names()
+    assert "calculator" in recipe.recipe_names()
 
 
-@pytest.mark.parametrize("name", config.recipe_names())
+@pytest.mark.parametrize("name", recipe.recipe_names())
 def test_every_recipe_loads_under_its_own_name(name: str) -> None:
-    assert config.load(name).recipe == name
+    assert recipe.load(name).recipe == name

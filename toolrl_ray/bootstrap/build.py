@@ -68,7 +68,7 @@ def _rename(aside: Path, folder: Path) -> None:
 def _make(config: RunConfig, heldout: frozenset[str], folder: Path, log: Callable[[str], None]) -> None:
     from toolrl_ray.bootstrap.demonstrations import Demonstrations
     from toolrl_ray.bootstrap.model import make_model
-    from toolrl_ray.bootstrap.tokenizer import make_tokenizer
+    from toolrl_ray.bootstrap.tokenizer import make_tokenizer, save_tokenizer
     from toolrl_ray.bootstrap.warm_start import warm_start
 
     settings = config.bootstrap
@@ -77,7 +77,7 @@ def _make(config: RunConfig, heldout: frozenset[str], folder: Path, log: Callabl
     rows = Demonstrations(settings.seed, settings.tool_share, config.task.few_shot, heldout)
     warm_start(model, tokenizer, rows, settings, log)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
 
 
 def _key(config: RunConfig, heldout: frozenset[str]) -> str:

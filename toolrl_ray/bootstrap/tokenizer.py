@@ -6,7 +6,9 @@ the vocabulary falls back to its UTF-8 bytes, so that every text encodes and com
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -34,3 +36,11 @@ def make_tokenizer(max_context_tokens: int) -> PreTrainedTokenizerFast:
         model_max_length=max_context_tokens,
         clean_up_tokenization_spaces=False,
     )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Save under the class name that every release of transformers knows (release 5 would write its new name for it)."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(settings, indent=2) + "\n")

@@ -177,9 +177,7 @@ class _Episode:
             token_ids += shown + self.codec.encode_markup(self.call_format.observation_end)
             truncated = result.truncated or was_cut
             self.tool_calls.append(
-                ToolCallRecord(
-                    self.num_turns, call.tool, call.argument, result.status, result.text, round(result.latency_s, 6), truncated
-                )
+                ToolCallRecord(self.num_turns, call.tool, call.argument, result.status, result.text, round(result.latency_s, 6), truncated)
             )
         if len(self.ledger) + len(token_ids) + 1 > self.limits.max_context_tokens:
             return self.ledger.finish(StopReason.CONTEXT)

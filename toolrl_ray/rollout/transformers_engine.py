@@ -31,7 +31,14 @@ class TransformersEngine:
     """model: a causal LM in eval mode, which the engine keeps for itself. decode: text of sampled ids, for stop strings."""
 
     def __init__(
-        self, model: Any, decode: Callable[[list[int]], str], eos_token_ids: Iterable[int], *, max_batch: int, seed: int, policy_version: int
+        self,
+        model: Any,
+        decode: Callable[[list[int]], str],
+        eos_token_ids: Iterable[int],
+        *,
+        max_batch: int,
+        seed: int,
+        policy_version: int,
     ):
         self._model = model.eval()
         self._decode = decode

@@ -4,33 +4,52 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from toolrl_ray.config import ToolsConfig
 from toolrl_ray.errors import ConfigError
 from toolrl_ray.tools.dispatch import unknown_tool
 from tools_service.executor import Executor
-from tools_service.protocol import ToolCall, ToolResult
-from tools_service.runner import builtin_tools
+from tools_service.loading import LoadingError, load_name
+from tools_service.protocol import Tool, ToolCall, ToolResult
+from tools_service.runner import builtin_tools, tool_info
 
 
-def check_names(names: list[str]) -> None:
-    """Raises ConfigError unless every name is a built-in tool, each named once."""
-    known = builtin_tools()
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"unknown tool {name!r} in tools.names; tools: {', '.join(known)}")
-    if len(set(names)) < len(names):
-        raise ConfigError(f"tools.names={names} holds a name twice")
+def tool_factories(config: ToolsConfig) -> dict[str, Callable[[], Tool]]:
+    """What makes each tool of the recipe: built-in ones by name, a person's own from tools.custom.
+
+    Raises ConfigError for an unknown or repeated name, and for a tool that cannot be loaded or is not what `Tool` asks for.
+    """
+    known: dict[str, Callable[[], Tool]] = {**builtin_tools(), **{name: partial(_load, name, spec) for name, spec in config.custom.items()}}
+    unknown = [name for name in config.names if name not in known]
+    if unknown:
+        raise ConfigError(f"unknown tool {unknown[0]!r} in tools.names; tools: {', '.join(known)}; name your own in tools.custom")
+    if len(set(config.names)) < len(config.names):
+        raise ConfigError(f"tools.names={config.names} holds a name twice")
+    for name in set(config.names) & set(config.custom):
+        _load(name, config.custom[name])  # a mistake shows here, not in a replica
+    return {name: known[name] for name in config.names}
+
+
+def _load(name: str, spec: str) -> Tool:
+    try:
+        tool = load_name(spec)()
+        info = tool_info(tool)
+    except (LoadingError, ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(f"tools.custom: {name}={spec!r} is not a tool: {' '.join(str(error).split())}") from None
+    if info.name != name:
+        raise ConfigError(f"tools.custom: {name}={spec!r} calls itself {info.name!r}; use one name")
+    return tool
 
 
 class LocalTools:
-    """Runs the built-in tools in threads, at most `max_in_flight` calls past their deadline. Raises ConfigError for unknown names."""
+    """Runs the recipe's tools in threads, at most `max_in_flight` calls past their deadline. Raises as `tool_factories` does."""
 
     def __init__(self, config: ToolsConfig):
-        check_names(config.names)
-        factories = builtin_tools()
-        self._executors = {name: Executor(factories[name](), config.max_in_flight) for name in config.names}
+        factories = tool_factories(config)
+        self._executors = {name: Executor(factory(), config.max_in_flight) for name, factory in factories.items()}
         self._counts: Counter[str] = Counter()
 
     async def __call__(self, call: ToolCall) -> ToolResult:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 from toolrl_ray.config import ToolsConfig
 from toolrl_ray.errors import PlacementError
 from toolrl_ray.tools.call_queue import TransportError
 from toolrl_ray.tools.dispatch import Dispatcher
-from toolrl_ray.tools.local import check_names
+from toolrl_ray.tools.local import tool_factories
 from tools_service.protocol import ToolCall, ToolResult
-from tools_service.runner import ToolInfo, builtin_tools
+from tools_service.runner import ToolInfo
 
 
 def start_tools(config: ToolsConfig, app_name: str) -> None:
@@ -21,11 +22,11 @@ def start_tools(config: ToolsConfig, app_name: str) -> None:
     """
     from tools_service import serve_app
 
-    check_names(config.names)
-    factories = builtin_tools()
+    factories = tool_factories(config)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve_app.start(
-            {name: factories[name] for name in config.names},
+            factories,
             app_name=app_name,
             num_replicas=config.num_replicas,
             num_cpus=config.num_cpus,

@@ -43,7 +43,10 @@ def test_the_six_invariants_hold(name, data):
     turns = data.draw(st.lists(completions(codec), min_size=6, max_size=6))
     tool = FakeTool(data.draw(st.text(max_size=40)), data.draw(st.sampled_from(list(ToolStatus))))
     limits = replace(
-        LIMITS, max_turns=data.draw(st.integers(1, 6)), max_context_tokens=data.draw(st.sampled_from([40, 120, 2000])), max_observation_tokens=12
+        LIMITS,
+        max_turns=data.draw(st.integers(1, 6)),
+        max_context_tokens=data.draw(st.sampled_from([40, 120, 2000])),
+        max_observation_tokens=12,
     )
     script = Script(*turns)
     trajectory = play(codec, script, tool, limits)

@@ -21,7 +21,12 @@ def decode(ids: list[int]) -> str:
 def model():
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(VOCABULARY), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=64
+        vocab_size=len(VOCABULARY),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
     )
     return LlamaForCausalLM(config)
 
@@ -94,7 +99,9 @@ def test_rows_of_one_batch_have_their_own_limits(engine):
 
 def test_new_weights_are_sampled_from_and_stamped(model, engine):
     before = generate(engine, ([2, 3], SamplingParams(0.0, 3, ())))[0]
-    changed = {name: p.detach() + 0.5 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) for name, p in model.named_parameters()}
+    changed = {
+        name: p.detach() + 0.5 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) for name, p in model.named_parameters()
+    }
     twin = LlamaForCausalLM(model.config)
     own = TransformersEngine(twin, decode, [EOS], max_batch=4, seed=0, policy_version=0)
     own.load_weights(changed.items())
@@ -107,8 +114,6 @@ def test_new_weights_are_sampled_from_and_stamped(model, engine):
 
 def test_a_failure_of_the_model_reaches_every_waiting_episode(engine):
     async def run():
-        return await asyncio.gather(
-            *(engine.generate([10**6], SamplingParams(1.0, 2, ())) for _ in range(3)), return_exceptions=True
-        )
+        return await asyncio.gather(*(engine.generate([10**6], SamplingParams(1.0, 2, ())) for _ in range(3)), return_exceptions=True)
 
     assert all(isinstance(error, IndexError) for error in asyncio.run(run()))

@@ -1,0 +1,93 @@
+"""From a recipe (a YAML file) and `key.path=value` overrides to a `RunConfig`, with mistakes told in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from toolrl_ray.config import RunConfig
+from toolrl_ray.errors import ConfigError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """The resolved configuration of a recipe (a name, or a path that ends in .yaml) with `key.path=value` overrides.
+
+    Raises ConfigError with one line that names what is wrong, the value and what is allowed.
+    """
+    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"unknown recipe {recipe!r}; recipes: {', '.join(recipe_names())}; or give a path to a .yaml file")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections, not a {type(tree).__name__}")
+    tree.setdefault("recipe", path.stem)
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_first_line(error)) from None
+
+
+def dump(config: RunConfig) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} is not of the form key.path=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
+    if isinstance(value, str) and (number := _number(value)) is not None:
+        value = number  # YAML 1.1 reads 1e-3 as text
+    *parents, last = key.split(".")
+    for name in parents:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {override!r}: {name!r} is a value, not a section")
+    tree[last] = value
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _allowed_keys(location: tuple[Any, ...]) -> list[str]:
+    section: Any = RunConfig
+    for name in location:
+        field = section.model_fields.get(name)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return []
+        section = field.annotation
+    return list(section.model_fields)
+
+
+def _first_line(error: ValidationError) -> str:
+    """pydantic's first complaint as one line: key, value, what is allowed."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        allowed = ", ".join(_allowed_keys(first["loc"][:-1]))
+        return f"unknown key {key!r} (value {first['input']!r}); allowed there: {allowed}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error" and not isinstance(first["input"], (str, int, float)):
+        return message
+    return f"{key}={first['input']!r}: {message[0].lower() + message[1:]}"
