@@ -45,7 +45,9 @@ def ensure_tiny_policy(config: RunConfig, log: Callable[[str], None] = print) ->
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.making-", dir=folder.parent))
     except OSError as error:
-        raise ConfigError(f"cache folder {str(folder.parent)!r} cannot be written ({error.strerror}); set TOOLRL_CACHE to one that can") from None
+        raise ConfigError(
+            f"cache folder {str(folder.parent)!r} cannot be written ({error.strerror}); set TOOLRL_CACHE to one that can"
+        ) from None
     try:
         _make(config, heldout, aside, log)
         aside.chmod(0o755)

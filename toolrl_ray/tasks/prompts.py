@@ -1,10 +1,10 @@
 """The text of an episode, in the syntax of TRL's "Learning Tools" experiments.
 
-    What is 13.1-3?
+What is 13.1-3?
 
-    <request><SimpleCalculatorTool>13.1-3<call>10.1<response>
+<request><SimpleCalculatorTool>13.1-3<call>10.1<response>
 
-    Result=10.1<submit>
+Result=10.1<submit>
 """
 
 from __future__ import annotations

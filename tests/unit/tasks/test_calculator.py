@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolrl_ray.config import TaskConfig
@@ -68,12 +68,14 @@ def test_what_a_tool_or_an_earlier_turn_wrote_earns_nothing() -> None:
     assert reward(trajectory("12", (SegmentKind.PROMPT, "Result=12<submit>"))) == 0.0
 
 
+@settings(deadline=None)
 @given(st.decimals(min_value=-(10**9), max_value=10**9, places=3), st.booleans())
 def test_a_number_is_read_with_and_without_thousands_commas(number, commas: bool) -> None:
     text = f"{number:,f}" if commas else f"{number:f}"
     assert policy_said(f"Result={text}<submit>", f"{number:f}") == 1.0
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30))
 def test_no_text_whatever_breaks_the_reward(text: str) -> None:
     assert policy_said(f"Result={text}<submit>", "0.123456") in (0.0, 1.0)
@@ -89,6 +91,7 @@ def test_the_prompt_is_that_of_the_original() -> None:
     )
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**6))
 def test_generated_splits_share_no_expression_and_hold_no_duplicate(seed: int) -> None:
     train, heldout = load_tasks(TaskConfig(num_train=80, num_heldout=40, seed=seed))

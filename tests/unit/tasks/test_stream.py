@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolrl_ray.tasks.stream import TaskStream
@@ -14,6 +14,7 @@ def some_tasks(count: int) -> list[Task]:
     return [Task(f"t/{i}", f"{i}+1", str(i + 1), "t") for i in range(count)]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 30), st.integers(0, 5), st.lists(st.integers(1, 40), min_size=1, max_size=8))
 def test_every_task_comes_exactly_once_per_epoch(count: int, seed: int, sizes: list[int]) -> None:
     stream = TaskStream(some_tasks(count), seed)
@@ -25,6 +26,7 @@ def test_every_task_comes_exactly_once_per_epoch(count: int, seed: int, sizes: l
         assert max(epoch.values()) == 1
 
 
+@settings(deadline=None)
 @given(st.integers(1, 30), st.integers(0, 50), st.integers(1, 40))
 def test_a_stream_goes_on_where_its_state_was_taken(count: int, consumed: int, size: int) -> None:
     stream, other = TaskStream(some_tasks(count), 3), TaskStream(some_tasks(count), 3)
