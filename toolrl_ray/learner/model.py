@@ -31,7 +31,8 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [N, H] -> values [N], float32."""
-        return functional.linear(hidden.float(), self.weight.float(), self.bias.float()).squeeze(-1)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return functional.linear(hidden.float(), self.weight.float(), self.bias.float()).squeeze(-1)
 
 
 class PolicyWithValue(nn.Module):

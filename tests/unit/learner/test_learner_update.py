@@ -236,6 +236,15 @@ def test_temperature_is_that_of_the_sampler(folder):
     assert x.logprobs(ids) == pytest.approx(expected, abs=1e-5)
 
 
+def test_bfloat16_computes_in_half_precision_and_keeps_float32_weights_and_values(folder):
+    x = learner(folder, policy={"dtype": "bfloat16"})
+    full = learner(folder)
+    got, want = x.logprobs([5, 4, 3, 2, 1]), full.logprobs([5, 4, 3, 2, 1])
+    assert got != want and got == pytest.approx(want, abs=0.1)
+    assert all(math.isfinite(value) for value in x.update(random_trajectories(6)).values())
+    assert {p.dtype for p in x.engine.module.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize("separate_critic", [False, True])
 def test_a_bandit_is_learned(tmp_path, separate_critic):
     """One token after one prompt; 20 of the 101 tokens pay 1. A uniform policy gets 0.2."""
