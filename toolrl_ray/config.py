@@ -142,7 +142,7 @@ class AlgoConfig(Section):
             )
         if self.kl_in == "loss" and self.kl_coef > 0 and self.kl_estimator == "k1":
             raise ValueError(
-                "algo.kl_estimator=k1 contradicts algo.kl_in=loss: the gradient of k1 is zero in expectation; set algo.kl_estimator=k2 or k3"
+                "algo.kl_estimator=k1 contradicts algo.kl_in=loss: the gradient of k1 is 0 in expectation; set algo.kl_estimator=k2 or k3"
             )
         return self
 

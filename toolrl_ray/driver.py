@@ -36,6 +36,7 @@ from toolrl_ray.evaluation import eval_result, rollout_metrics
 from toolrl_ray.recipe import dump
 from toolrl_ray.tasks.module import task_module
 from toolrl_ray.tasks.stream import TaskStream
+from toolrl_ray.tracking.memory import tree_gib
 from toolrl_ray.tracking.metrics import MetricsWriter
 from toolrl_ray.tracking.trajectories import TrajectoryWriter
 from toolrl_ray.tracking.wandb_log import WandbTracker
@@ -140,6 +141,7 @@ class Run:
             "rollout/actor_restarts": parts.rollout.num_restarts,
             "rollout/episodes_rerun": parts.rollout.num_rerun,
             "weights/backend": parts.weights.backend,
+            "system/memory_gib": tree_gib(),
             "time/step_s": time.monotonic() - started,
         }
         self._totals["episodes"] += len(collected)

@@ -72,6 +72,7 @@ class VLLMEngine:
             include_stop_str_in_output=True,
             skip_special_tokens=False,
             logprobs=0,  # of the sampled token alone
+            flat_logprobs=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         final: Any = None
@@ -126,8 +127,10 @@ class VLLMEngine:
 
 def _completion(output: Any, current_version: int) -> Completion:
     token_ids = list(output.token_ids)
-    logprobs = [entry[token].logprob for entry, token in zip(output.logprobs or [], token_ids, strict=True)]
-    return Completion(token_ids, logprobs, _versions(output, len(token_ids), current_version), output.finish_reason or "abort")
+    flat = output.logprobs
+    if token_ids and flat.token_ids != token_ids:
+        raise RolloutError(f"vLLM's logprobs are of other tokens than those it sampled: {flat.token_ids[:8]}... and {token_ids[:8]}...")
+    return Completion(token_ids, list(flat.logprobs) if token_ids else [], _versions(output, len(token_ids), current_version), output.finish_reason or "abort")
 
 
 def _versions(output: Any, num_tokens: int, current_version: int) -> list[int]:

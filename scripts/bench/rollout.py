@@ -1,0 +1,106 @@
+#!/usr/bin/env python3
+"""Rollout with the calculator against bare AsyncLLM: same engine, same prompts, same lengths, alternating in one run.
+
+    .venv/bin/python scripts/bench/rollout.py [--policy DIR] [--episodes 512] [--rounds 5] [--in-flight 64]
+
+The rollout side is the real path: RolloutPool, RolloutActor, episodes, stop strings, logprobs, Serve tools, trajectories back in
+this process. The bare side runs, inside the same actor, every turn of those episodes as one plain request (no stop strings, no
+logprobs, no tools, same number of tokens). Also: weight syncs of the same policy, in milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import time
+import uuid
+
+import ray
+
+from toolrl_ray import cluster, recipe
+from toolrl_ray.cli import say
+from toolrl_ray.driver import requests_for
+from toolrl_ray.rollout import actor as rollout_actor
+from toolrl_ray.tasks.module import task_module
+from toolrl_ray.types import SegmentKind, Trajectory
+
+
+class BenchActor(rollout_actor.RolloutActor):
+    async def bare(self, jobs: list[tuple[list[int], int]], in_flight: int) -> float:
+        """Seconds for all (prompt, number of tokens) jobs on the engine alone."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        room = asyncio.Semaphore(in_flight)
+
+        async def one(prompt: list[int], num_tokens: int) -> None:
+            params = SamplingParams(
+                temperature=1.0, max_tokens=num_tokens, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+            )
+            async with room:
+                async for _ in self._engine._llm.generate({"prompt_token_ids": prompt}, params, uuid.uuid4().hex):
+                    pass
+
+        await self._engine._llm.reset_prefix_cache()
+        started = time.perf_counter()
+        await asyncio.gather(*(one(*job) for job in jobs))
+        return time.perf_counter() - started
+
+    async def reset(self) -> None:
+        await self._engine._llm.reset_prefix_cache()
+
+
+def turns(trajectory: Trajectory) -> list[tuple[list[int], int]]:
+    policy = [s for s in trajectory.segments if s.kind is SegmentKind.POLICY and s.end > s.start]
+    return [(trajectory.token_ids[: s.start], s.end - s.start) for s in policy]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--policy", default="tiny")
+    parser.add_argument("--episodes", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--in-flight", type=int, default=64)
+    parser.add_argument("--syncs", type=int, default=20)
+    options = parser.parse_args()
+    config = recipe.load("calculator", [f"policy.path={options.policy}", f"rollout.max_in_flight={options.in_flight}"])
+    rollout_actor.RolloutActor = BenchActor
+    cluster.connect(config, say)
+    try:
+        from toolrl_ray.cli import _policy_dir
+
+        parts = cluster.ray_parts(config, _policy_dir(config), say)
+        try:
+            measure(config, parts, options)
+        finally:
+            parts.close()
+    finally:
+        cluster.disconnect()
+
+
+def measure(config, parts, options) -> None:
+    tasks = task_module(config.task).load_tasks(config.task)[0][: options.episodes]
+    [actor] = parts.rollout._actors
+    rows = []
+    for i in range(options.rounds + 1):
+        ray.get(actor.reset.remote(), timeout=60)
+        started = time.perf_counter()
+        trajectories = parts.rollout.collect(requests_for(i, tasks, 1), temperature=1.0)
+        rollout_s = time.perf_counter() - started
+        jobs = [job for trajectory in trajectories for job in turns(trajectory)]
+        bare_s = ray.get(actor.bare.remote(jobs, options.in_flight), timeout=600)
+        tokens = sum(n for _, n in jobs)
+        calls = sum(len(t.tool_calls) for t in trajectories)
+        if i:  # the first round warms both sides up
+            rows.append((tokens / rollout_s, tokens / bare_s))
+            print(f"round {i}: {tokens} tokens, {calls} calls; rollout {rows[-1][0]:,.0f} tok/s, bare {rows[-1][1]:,.0f} tok/s", flush=True)
+    ratio = statistics.median(rollout / bare for rollout, bare in rows)
+    print(f"rollout {statistics.median(r for r, _ in rows):,.0f} tok/s, bare AsyncLLM {statistics.median(b for _, b in rows):,.0f} tok/s (medians)")
+    print(f"ratio {ratio:.2f} (median of {len(rows)} rounds; goal 0.85)")
+    syncs = sorted(parts.weights.sync(i + 1)["time/weight_sync_s"] * 1e3 for i in range(options.syncs))
+    print(f"weight sync: median {statistics.median(syncs):.0f} ms, worst {syncs[-1]:.0f} ms of {len(syncs)} (goal 100 ms)")
+
+
+if __name__ == "__main__":
+    main()
