@@ -155,32 +155,32 @@ class Learner:
     ) -> tuple[float | None, Tensor]:
         """One optimiser step. Returns (gradient norm, STATS summed over all ranks); no step is taken, and the norm is None,
         where approx_kl is above max_kl already."""
-        microbatches = self._microbatches(batch, rows)
-        sums, graph = None, None
+        first, *others = self._microbatches(batch, rows)
+        looked: list[Tensor] = []
         if max_kl is not None:
-            if len(microbatches) == 1:  # on every rank: the plan has equally many for all
-                graph = self._loss(batch, targets, microbatches[0], num_tokens)
-                sums = graph[1]
-            else:
-                with torch.no_grad():
-                    sums = sum(self._loss(batch, targets, microbatch, num_tokens)[1] for microbatch in microbatches)
-            sums = self._global(sums)
+            with torch.no_grad():  # the first one's own forward shows its KL, so a minibatch of one microbatch costs nothing more
+                looked = [self._loss(batch, targets, microbatch, num_tokens)[1] for microbatch in others]
+        loss, stats = self._loss(batch, targets, first, num_tokens)
+        if max_kl is not None:
+            sums = self._global(sum(looked, stats))
             if not sums[APPROX_KL] / num_tokens <= max_kl:
                 return None, sums
-        seen: list[Tensor] = []
-        for i, microbatch in enumerate(microbatches):
-            loss, stats = graph or self._loss(batch, targets, microbatch, num_tokens)
-            self.engine.backward(loss, is_last=i == len(microbatches) - 1)
+        self.engine.backward(loss, is_last=not others)
+        seen = [stats]
+        for i, microbatch in enumerate(others):
+            loss, stats = self._loss(batch, targets, microbatch, num_tokens)
+            self.engine.backward(loss, is_last=i == len(others) - 1)
             seen.append(stats)
-        return self.engine.step(), self._global(sum(seen)) if sums is None else sums
+        return self.engine.step(), self._global(sum(seen))
 
     def _global(self, sums: Tensor) -> Tensor:
         return self.engine.all_sum(sums).cpu()
 
     def _loss(self, batch: Batch, targets: Targets, rows: list[int], num_tokens: int) -> tuple[Tensor, Tensor]:
-        """(this microbatch's share of the minibatch's loss, its STATS as float64 sums over its tokens)."""
+        """(this microbatch's share of the minibatch's loss, its STATS as float64 sums over its tokens). Without gradients, as for a
+        look at approx_kl, the entropy is left out."""
         algo = self.config.algo
-        logprobs, entropies, values = self.engine(*batch.select(rows))
+        logprobs, entropies, values = self.engine(*batch.select(rows), entropy=torch.is_grad_enabled())
         mask = torch.ones_like(logprobs, dtype=torch.bool)
 
         def flat(x: Tensor) -> Tensor:
@@ -190,15 +190,16 @@ class Learner:
             logprobs, flat(targets.old_logprobs), flat(targets.advantages), mask, num_tokens,
             algo.clip_eps_low, algo.clip_eps_high, flat(targets.weights),
         )  # fmt: skip
-        sums = [loss.detach() * num_tokens, 0.0, entropies.detach().sum(), policy["approx_kl"], policy["pg_clipfrac"], 0.0]
+        sums = [loss.detach() * num_tokens, 0.0, 0.0, policy["approx_kl"], policy["pg_clipfrac"], 0.0]
+        if entropies is not None:
+            sums[2] = entropies.detach().sum()
+            loss = loss - algo.ent_coef * entropies.sum() / num_tokens
         if targets.returns is not None:
             value_loss, value = losses.value_loss(
                 values, flat(targets.old_values), flat(targets.returns), mask, num_tokens, algo.clip_value
             )
             loss = loss + algo.vf_coef * value_loss
             sums[1], sums[5] = value_loss.detach() * num_tokens, value["vf_clipfrac"]
-        if algo.ent_coef:
-            loss = loss - algo.ent_coef * entropies.sum() / num_tokens
         if targets.ref_logprobs is not None and algo.kl_in == "loss":
             kl = losses.kl_estimate(logprobs, flat(targets.ref_logprobs), algo.kl_estimator)
             loss = loss + self.kl_controller.value * kl.sum() / num_tokens
