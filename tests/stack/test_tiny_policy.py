@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from toolrl_ray import config as configuration
+from toolrl_ray import recipe
 from toolrl_ray.bootstrap.build import ensure_tiny_policy
 from toolrl_ray.bootstrap.demonstrations import REQUEST, Part, Row
 from toolrl_ray.bootstrap.warm_start import make_batch
@@ -22,7 +22,7 @@ from tools_service.calculator import calculate
 
 @pytest.fixture(scope="module")
 def config() -> RunConfig:
-    return configuration.load("calculator")
+    return recipe.load("calculator")
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from tools_service.calculator import calculate
 from tools_service.protocol import ToolError
 
 MAX_CHARACTERS = 32  # of an expression
+MAX_DECIMALS, MESSY_SHARE = 3, 0.15  # of results; what has more decimals is kept with this probability
 MAX_DRILL_CHARACTERS = 12
 REQUEST, RESULT = "<request>", "\n\nResult="
 
@@ -75,9 +76,12 @@ class Demonstrations:
             if len(expression) > MAX_CHARACTERS or normalise(expression) in self._heldout:
                 continue
             try:
-                yield expression, calculate(expression)
+                result = calculate(expression)
             except ToolError:
                 continue  # 5/(3-3)
+            # People's sums come out even: a random quotient with all its decimals is the exception.
+            if len(result.partition(".")[2]) <= MAX_DECIMALS or self._rng.random() < MESSY_SHARE:
+                yield expression, result
 
 
 def _guess(rng: random.Random, result: str) -> str:
@@ -98,7 +102,8 @@ def word_problem_expression(rng: random.Random) -> str:
     if kind < 0.75:
         return _operand(rng) + "".join(rng.choice("+-*/") + _operand(rng) for _ in range(rng.randint(2, 3)))
     if kind < 0.85:
-        return rng.choice("+++-").join(_operand(rng) for _ in range(rng.randint(3, 7)))
+        zeros, digits = "0" * rng.choice((0, 0, 0, 1, 2)), rng.randint(1, 3)
+        return rng.choice("+++-").join(f"{rng.randint(1, 10**digits)}{zeros}" for _ in range(rng.randint(3, 8)))
     if kind < 0.97:
         inner = f"({_operand(rng)}{rng.choice('+-/*')}{_operand(rng)})"
         outer = rng.choice("*/+-")

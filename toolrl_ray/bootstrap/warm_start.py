@@ -22,6 +22,7 @@ DRILL_SHARE = 0.8
 EXERCISE_SHARE = 0.6  # of the rows that are not drills
 WARMUP_STEPS = 50
 MAX_GRAD_NORM = 1.0
+MAX_THREADS = 2  # more only wait for one another on matrices this small
 REPORT_EVERY_S = 5.0
 
 
@@ -44,6 +45,11 @@ def warm_start(
         torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _lr_factor(step, config.num_steps)) for o in optimisers]
+    # The tensors are small: a second thread gains nothing, and waits for its turn by spinning where cores are shared.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(threads, MAX_THREADS))
     model.train()
     started = reported = time.monotonic()
     for step in range(config.num_steps):
@@ -58,6 +64,8 @@ def warm_start(
             reported = now
             log(f"warm start: step {step + 1}/{config.num_steps}, loss {loss.item():.3f}, {now - started:.0f} s")
     model.eval()
+    torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
 
 
 def batch_loss(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
