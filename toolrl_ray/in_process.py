@@ -29,7 +29,7 @@ class InProcessRollout:
 
     def __init__(self, config: RunConfig, policy_dir: str):
         codec = load_codec(policy_dir)
-        self.engine = load_transformers_engine(config, policy_dir, codec, 0)
+        self.engine = load_transformers_engine(config, policy_dir, codec)
         self._config = config
         self._tools = LocalTools(config.tools)
         self._runner = EpisodeRunner(config, self.engine.generate, self._tools, codec)

@@ -82,13 +82,12 @@ def bundles(config: RunConfig, *, learner: bool = True) -> tuple[list[dict[str, 
 def reserve(config: RunConfig, say: Callable[[str], None], *, learner: bool = True) -> tuple[Any, list[int], list[int]]:
     """Reserve the plan on the cluster that Ray is connected to; returns (placement group, rollout bundles, learner bundles).
 
-    Raises PlacementError at once when the cluster is too small, and after WAIT_FOR_FREE_S when others hold what is needed.
+    `check` has found the cluster large enough. Raises PlacementError after WAIT_FOR_FREE_S when others hold what is needed.
     """
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
     shares = plan(config, learner=learner)
-    check(shares, ray.cluster_resources(), [node["Resources"] for node in ray.nodes() if node["Alive"]])
     wanted, rollout_bundles, learner_bundles = bundles(config, learner=learner)
     group = placement_group(wanted, strategy="PACK")
     started = time.monotonic()

@@ -101,12 +101,12 @@ def start(
     return {name: serve.get_deployment_handle(name, app_name) for name in tools}
 
 
-def shutdown(app_name: str = DEFAULT_APP) -> None:
-    """Removes this application and no other. Does nothing where it does not run."""
+def shutdown(app_name: str = DEFAULT_APP, *, wait: bool = True) -> None:
+    """Removes this application and no other. Does nothing where it does not run. Without `wait` Serve drains it on its own."""
     from ray import serve
 
     if app_name in serve.status().applications:
-        serve.delete(app_name)
+        serve.delete(app_name, _blocking=wait)
 
 
 def _application(tools: Mapping[str, Callable[[], Tool]], num_replicas: int, num_cpus: float, max_in_flight: int) -> Any:

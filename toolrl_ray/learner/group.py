@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from toolrl_ray.config import RunConfig
 from toolrl_ray.errors import LearnerError, ToolRLError
@@ -28,13 +28,6 @@ class LearnerGroup:
     def update(self, trajectories: list[Trajectory]) -> dict[str, float]:
         batch = ray.put(trajectories)
         return self._all("update", [actor.update.remote(batch) for actor in self._actors], self._config.learner.update_timeout_s)[0]
-
-    def logprobs(self, token_ids: list[int]) -> list[float]:
-        refs = [actor.logprobs.remote(token_ids) for actor in self._actors]
-        return self._all("logprobs", refs, self._config.learner.update_timeout_s)[0]
-
-    def policy_version(self) -> int:
-        return self._all("policy_version", [self._actors[0].policy_version.remote()], self._config.learner.update_timeout_s)[0]
 
     def save_policy(self, directory: str, tokenizer_dir: str) -> None:
         refs = [actor.save_policy.remote(directory, tokenizer_dir) for actor in self._actors]
@@ -59,5 +52,5 @@ class LearnerGroup:
             if isinstance(error.cause, ToolRLError):
                 raise error.cause from None
             raise LearnerError(f"learner rank {rank} failed in {what}:\n{error}") from None
-        except (RayActorError, GetTimeoutError) as error:
+        except (RayError, GetTimeoutError) as error:
             raise LearnerError(f"learner rank {rank} died in {what}: {' '.join(str(error).split())[:300]}") from None

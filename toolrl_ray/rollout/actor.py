@@ -25,17 +25,22 @@ class RolloutActor:
         self._policy_dir = policy_dir
         self._weight_backend = weight_backend
         self._tools_app = tools_app
+        self._starting = asyncio.Lock()
 
     @ray.method(max_task_retries=-1)  # waits for Ray to restart the process; the caller sets the deadline
     async def start(self) -> int:
         """Load the engine unless it is loaded; returns this process's id. The policy in `policy_dir` is version 0."""
-        if not hasattr(self, "_engine"):
+        async with self._starting:
+            if hasattr(self, "_inbox"):
+                await self._engine.check_alive()
+                return os.getpid()
             codec = load_codec(self._policy_dir)
-            self._engine = load_engine(self._config, self._policy_dir, codec, self._weight_backend, 0)
+            # Without its engine this process is of no use: ending it makes Ray replace it.
+            self._engine = load_engine(self._config, self._policy_dir, codec, self._weight_backend, lambda: os._exit(1))
             await self._engine.ready(0)
             self._tools = ToolClient(self._tools_app, self._config.tools)
             self._inbox = Inbox(EpisodeRunner(self._config, self._engine.generate, self._tools, codec))
-        return os.getpid()
+            return os.getpid()
 
     async def submit(self, requests: list[EpisodeRequest], temperature: float) -> None:
         self._inbox.submit(requests, temperature)
@@ -45,12 +50,6 @@ class RolloutActor:
 
     async def stats(self) -> dict[str, float]:
         return self._tools.stats()
-
-    async def score(self, token_ids: list[int]) -> list[float]:
-        return await self._engine.score(token_ids)
-
-    async def checksums(self) -> list[dict[str, str]]:
-        return await self._engine.checksums()
 
     async def pause(self) -> None:
         await self._engine.pause()
@@ -69,6 +68,3 @@ class RolloutActor:
 
     async def resume(self) -> None:
         await self._engine.resume()
-
-    async def stop(self) -> None:
-        await asyncio.to_thread(self._engine.shutdown)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from toolrl_ray.config import RunConfig
@@ -24,15 +25,15 @@ def load_codec(policy_dir: str) -> HFCodec:
     return HFCodec(tokenizer, [eos] if isinstance(eos, int) else eos)
 
 
-def load_engine(config: RunConfig, policy_dir: str, codec: HFCodec, weight_backend: str, policy_version: int) -> RolloutEngine:
+def load_engine(config: RunConfig, policy_dir: str, codec: HFCodec, weight_backend: str, on_death: Callable[[], None]) -> RolloutEngine:
     if config.rollout.engine == "vllm":
         from toolrl_ray.rollout.vllm_engine import VLLMEngine
 
-        return VLLMEngine(config, policy_dir, weight_backend, policy_version)
-    return load_transformers_engine(config, policy_dir, codec, policy_version)
+        return VLLMEngine(config, policy_dir, weight_backend, 0, on_death)
+    return load_transformers_engine(config, policy_dir, codec)
 
 
-def load_transformers_engine(config: RunConfig, policy_dir: str, codec: HFCodec, policy_version: int) -> Any:
+def load_transformers_engine(config: RunConfig, policy_dir: str, codec: HFCodec) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -42,6 +43,4 @@ def load_transformers_engine(config: RunConfig, policy_dir: str, codec: HFCodec,
     if config.rollout.num_gpus > 0:
         model = model.cuda()
     max_batch = max(config.rollout.max_in_flight, config.eval.max_in_flight)
-    return TransformersEngine(
-        model, codec.decode, codec.eos_token_ids, max_batch=max_batch, seed=config.seed, policy_version=policy_version
-    )
+    return TransformersEngine(model, codec.decode, codec.eos_token_ids, max_batch=max_batch, seed=config.seed, policy_version=0)

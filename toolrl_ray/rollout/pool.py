@@ -46,6 +46,7 @@ class RolloutPool:
         self._takes: dict[Any, tuple[int, float]] = {}  # pending `take` -> (actor, asked at)
         self._starts: dict[Any, tuple[int, float]] = {}  # pending `start` of a restarted actor -> (actor, asked at)
         self._restarts_in_a_row = [0] * len(actors)
+        self._pids: list[int | None] = [None] * len(actors)
         self.num_restarts = 0
         self.num_rerun = 0
 
@@ -56,16 +57,19 @@ class RolloutPool:
         """
         refs = [actor.start.remote() for actor in self._actors]
         deadline = time.monotonic() + self._config.rollout.start_timeout_s
-        pids = []
         for i, ref in enumerate(refs):
             try:
-                pids.append(ray.get(ref, timeout=max(0.1, deadline - time.monotonic())))
+                self._note(i, ray.get(ref, timeout=max(0.1, deadline - time.monotonic())))
             except GetTimeoutError:
                 seconds = self._config.rollout.start_timeout_s
                 raise RolloutError(f"RolloutActor {i} was not ready within {seconds:g} s (rollout.start_timeout_s)") from None
             except RayError as error:
                 raise _start_error(i, error) from None
-        return pids
+        return [pid for pid in self._pids if pid is not None]
+
+    def _note(self, index: int, pid: int) -> None:
+        self.num_restarts += self._pids[index] not in (None, pid)
+        self._pids[index] = pid
 
     def collect(
         self,
@@ -110,7 +114,7 @@ class RolloutPool:
         index, _ = self._takes.pop(ref)
         try:
             outcomes = ray.get(ref, timeout=TAKE_WAIT_S)
-        except RayActorError as error:
+        except (RayActorError, RayTaskError) as error:  # dead, or replaced by Ray while it had no work and not loaded yet
             self._lost(index, book, error)
             return []
         trajectories = book.take(index, outcomes)
@@ -119,7 +123,6 @@ class RolloutPool:
         return trajectories
 
     def _lost(self, index: int, book: Assignment, error: Exception) -> None:
-        self.num_restarts += 1
         self._restarts_in_a_row[index] += 1
         reason = " ".join(str(error).split())[:300]
         if self._restarts_in_a_row[index] > MAX_RESTARTS_IN_A_ROW:
@@ -131,7 +134,7 @@ class RolloutPool:
     def _rejoin(self, ref: Any, book: Assignment) -> None:
         index, _ = self._starts.pop(ref)
         try:
-            ray.get(ref, timeout=TAKE_WAIT_S)
+            self._note(index, ray.get(ref, timeout=TAKE_WAIT_S))
         except RayActorError as error:
             return self._lost(index, book, error)
         except RayTaskError as error:
@@ -141,14 +144,15 @@ class RolloutPool:
 
     def _kill_unresponsive(self) -> None:
         now = time.monotonic()
-        limits = {id(self._takes): UNRESPONSIVE_S, id(self._starts): self._config.rollout.start_timeout_s}
-        for pending in (self._takes, self._starts):
-            for index, asked_at in list(pending.values()):
-                if now - asked_at > limits[id(pending)]:
-                    ray.kill(self._actors[index], no_restart=False)
-
-    def scores(self, token_ids: list[int]) -> list[list[float]]:
-        return ray.get([actor.score.remote(token_ids) for actor in self._actors], timeout=UNRESPONSIVE_S)
+        start_timeout_s = self._config.rollout.start_timeout_s
+        for index, asked_at in self._starts.values():
+            if now - asked_at > start_timeout_s:
+                raise RolloutError(f"RolloutActor {index} did not come up again within {start_timeout_s:g} s (rollout.start_timeout_s)")
+        for ref, (index, asked_at) in list(self._takes.items()):
+            if now - asked_at > UNRESPONSIVE_S and not ray.wait([ref], timeout=0)[0]:
+                log.warning("RolloutActor %d does not answer for %.0f s: replacing it", index, now - asked_at)
+                ray.kill(self._actors[index], no_restart=False)
+                self._takes[ref] = (index, now)  # its `take` ends with the actor's death
 
     def tool_stats(self) -> dict[str, float]:
         """Sums of the tool clients' counters over the actors that answer."""
@@ -156,7 +160,7 @@ class RolloutPool:
         for ref in [actor.stats.remote() for actor in self._actors]:
             try:
                 stats = ray.get(ref, timeout=10)
-            except (RayActorError, GetTimeoutError):
+            except (RayError, GetTimeoutError):
                 continue
             for key, value in stats.items():
                 total[key] = total.get(key, 0) + value

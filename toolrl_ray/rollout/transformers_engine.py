@@ -52,6 +52,9 @@ class TransformersEngine:
     async def ready(self, policy_version: int) -> None:
         self._version = policy_version
 
+    async def check_alive(self) -> None:
+        pass
+
     async def generate(self, token_ids: list[int], params: SamplingParams) -> Completion:
         row = _Row(token_ids, params, asyncio.get_running_loop().create_future())
         self._waiting.append(row)
@@ -67,7 +70,7 @@ class TransformersEngine:
             if not batch:
                 continue
             try:
-                self._sample(batch)
+                await self._sample(batch)
             except Exception as error:
                 for row in batch:
                     if not row.done.done():
@@ -78,8 +81,7 @@ class TransformersEngine:
                     versions = [self._version] * len(row.token_ids)
                     row.done.set_result(Completion(row.token_ids, row.logprobs, versions, row.finish_reason or "length"))
 
-    @torch.no_grad()
-    def _sample(self, batch: list[_Row]) -> None:
+    async def _sample(self, batch: list[_Row]) -> None:
         device = self._model.device
         width = max(len(row.prompt) for row in batch)
         input_ids = torch.zeros(len(batch), width, dtype=torch.long, device=device)
@@ -92,9 +94,11 @@ class TransformersEngine:
         greedy = torch.tensor([row.params.temperature == 0 for row in batch], device=device)
         cache = None
         while True:
-            out = self._model(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache, use_cache=True
-            )
+            await asyncio.sleep(0)  # tools, deadlines and the actor's other calls get their turn between tokens
+            with torch.no_grad():
+                out = self._model(
+                    input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache, use_cache=True
+                )
             cache = out.past_key_values
             logprobs = torch.log_softmax(out.logits[:, -1].float() / temperature, dim=-1)  # [B, V]
             sampled = torch.multinomial(logprobs.exp(), 1, generator=self._rng)[:, 0]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from toolrl_ray.config import RunConfig
@@ -14,11 +15,13 @@ from toolrl_ray.types import Completion, SamplingParams
 from toolrl_ray.weights.vllm_object_store import DIE_WITH_PARENT
 
 
-def _set_environment(config: RunConfig, on_gpu: bool) -> None:
+def _set_environment(config: RunConfig, on_gpu: bool, weight_backend: str) -> None:
     """vLLM reads these when it is imported and hands them to its child processes."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ[DIE_WITH_PARENT] = str(os.getpid())
+    if weight_backend == "ipc":
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # GPU memory handles travel pickled, between our own processes
     if not on_gpu:
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(config.rollout.kv_cache_gib)))
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # cores are shared with learner and tools
@@ -29,16 +32,21 @@ def _set_environment(config: RunConfig, on_gpu: bool) -> None:
 
 
 class VLLMEngine:
-    """policy_dir: Hugging Face folder or Hub name. weight_backend: "object_store", "nccl" or "ipc"."""
+    """policy_dir: Hugging Face folder or Hub name. weight_backend: "object_store", "nccl" or "ipc".
+    on_death: called when vLLM's engine-core process is found dead, which this object cannot mend."""
 
-    def __init__(self, config: RunConfig, policy_dir: str, weight_backend: str, policy_version: int):
+    def __init__(
+        self, config: RunConfig, policy_dir: str, weight_backend: str, policy_version: int, on_death: Callable[[], None] = lambda: None
+    ):
         on_gpu = config.rollout.num_gpus > 0
-        _set_environment(config, on_gpu)
+        _set_environment(config, on_gpu, weight_backend)
         from vllm import AsyncEngineArgs
         from vllm.config import WeightTransferConfig
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self._version = policy_version
+        self._on_death = on_death
+        self._update_open = False
         num_sequences = max(config.rollout.max_in_flight, config.eval.max_in_flight)
         args = AsyncEngineArgs(
             model=policy_dir,
@@ -60,6 +68,11 @@ class VLLMEngine:
     async def ready(self, policy_version: int) -> None:
         await self._llm.update_weight_version(str(policy_version))
 
+    async def check_alive(self) -> None:
+        if self._llm.errored:
+            self._on_death()
+            raise RolloutError("vLLM's engine-core process is dead")
+
     async def generate(self, token_ids: list[int], params: SamplingParams) -> Completion:
         from vllm import SamplingParams as VLLMSamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -76,8 +89,12 @@ class VLLMEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         final: Any = None
-        async for output in self._llm.generate({"prompt_token_ids": token_ids}, sampling, uuid.uuid4().hex):
-            final = output
+        try:
+            async for output in self._llm.generate({"prompt_token_ids": token_ids}, sampling, uuid.uuid4().hex):
+                final = output
+        except Exception:
+            await self.check_alive()
+            raise
         if final is None or not final.outputs:
             raise RolloutError("vLLM returned no output for a request")
         return _completion(final.outputs[0], self._version)
@@ -107,15 +124,23 @@ class VLLMEngine:
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
     async def start_weight_update(self) -> None:
+        if self._update_open:  # left open by a sync that broke off: closing it puts back the weights that were not replaced
+            await self._llm.finish_weight_update()
+        self._update_open = True
         await self._llm.start_weight_update()
 
     async def update_weights(self, update_info: Any) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        await self._llm.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+        try:
+            await self._llm.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+        except Exception:
+            self._update_open = False  # vLLM closes an update that failed
+            raise
 
     async def finish_weight_update(self, policy_version: int) -> None:
         await self._llm.finish_weight_update(weight_version=str(policy_version))
+        self._update_open = False
         self._version = policy_version
 
     async def resume(self) -> None:
@@ -130,7 +155,12 @@ def _completion(output: Any, current_version: int) -> Completion:
     flat = output.logprobs
     if token_ids and flat.token_ids != token_ids:
         raise RolloutError(f"vLLM's logprobs are of other tokens than those it sampled: {flat.token_ids[:8]}... and {token_ids[:8]}...")
-    return Completion(token_ids, list(flat.logprobs) if token_ids else [], _versions(output, len(token_ids), current_version), output.finish_reason or "abort")
+    return Completion(
+        token_ids,
+        list(flat.logprobs) if token_ids else [],
+        _versions(output, len(token_ids), current_version),
+        output.finish_reason or "abort",
+    )
 
 
 def _versions(output: Any, num_tokens: int, current_version: int) -> list[int]:

@@ -41,7 +41,7 @@ def stop_tools(app_name: str) -> None:
     """Removes the run's tools application and no other."""
     from tools_service import serve_app
 
-    serve_app.shutdown(app_name)
+    serve_app.shutdown(app_name, wait=False)
 
 
 class ToolClient:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayError
 
 from toolrl_ray.errors import WeightSyncError
 
@@ -52,7 +52,7 @@ def wait_all(phase: str, refs: list[Any], timeout_s: float, who: str = "RolloutA
     for i, ref in enumerate(refs):
         try:
             results.append(ray.get(ref, timeout=timeout_s))
-        except (RayActorError, RayTaskError, GetTimeoutError) as error:
+        except RayError as error:
             cause = getattr(error, "cause", None) or error
             if isinstance(cause, WeightSyncError):
                 raise cause from None

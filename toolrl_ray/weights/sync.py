@@ -45,11 +45,14 @@ class WeightSync:
         self._learners = learners
         self.backend = select_backend(config)
         self.policy_version = 0
+        self._connected = False
 
     def connect(self) -> None:
-        """Rendezvous of learner and engines; again after an engine was replaced."""
+        """Rendezvous of learner and engines, once all engines are up; again after one was replaced."""
+        self._pool.start()
         refs = [learner.connect_weights.remote(self.backend, self._actors) for learner in self._learners]
         wait_all("connect", refs, self._config.weights.timeout_s, "LearnerActor")
+        self._connected = True
 
     def sync(self, policy_version: int) -> dict[str, float]:
         """Bring every engine to the learner's current weights.
@@ -60,19 +63,20 @@ class WeightSync:
         started = time.monotonic()
         for attempt in range(1, MAX_TRIES + 1):
             try:
+                if not self._connected:
+                    self.connect()
                 self._sync_once()
                 break
             except WeightSyncError as error:
+                self._connected = False
                 if attempt == MAX_TRIES:
                     raise
                 log.warning("%s; trying again (%d of %d)", error, attempt + 1, MAX_TRIES)
-                self._pool.start()
-                self.connect()
         return {"time/weight_sync_s": time.monotonic() - started, "weights/policy_version": policy_version}
 
     def readmit(self) -> None:
         """Connect to replaced engines and bring all of them to the current version."""
-        self.connect()
+        self._connected = False
         self.sync(self.policy_version)
 
     def _sync_once(self) -> None:
