@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import threading
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -76,43 +74,62 @@ def test_train_leaves_a_complete_run_folder_and_two_ranks_work_with_zero_2(tmp_p
     assert "held-out accuracy" in out and str(run_dir) in out
 
 
-def test_killing_a_rollout_actor_costs_its_episodes_and_nothing_else(tmp_path):
-    settings = recipe.load(
-        "calculator", [*SMALL, "train.num_steps=3", "train.tasks_per_step=48", "rollout.max_in_flight=8", "eval.num_tasks=4"]
-    )
-    lines_said: list[str] = []
-    cluster.connect(settings, lines_said.append)
+class Killer:
+    """Stands in front of a RolloutPool and kills, at one moment of each of the steps 2, 3 and 4."""
+
+    def __init__(self, pool):
+        self.pool = pool
+        self.done: list[str] = []
+
+    def __getattr__(self, name):
+        return getattr(self.pool, name)
+
+    def collect(self, requests, **options):
+        step = requests[0].episode_id.split(":")[0]
+        [pid] = self.pool.start()  # nothing to load: tells the process id
+        actor = psutil.Process(pid)
+        [engine_core] = [child for child in actor.children() if "EngineCore" in " ".join(child.cmdline())]
+
+        def in_mid_collection(trajectories):
+            if trajectories and len(self.done) < 2 and step in "23"[len(self.done)]:
+                (actor if step == "2" else engine_core).kill()
+                self.done.append(step)
+
+        trajectories = self.pool.collect(requests, on_trajectories=in_mid_collection, **options)
+        if step == "4":
+            actor.kill()  # with no work, before the weight sync
+            self.done.append(step)
+        return trajectories
+
+
+def test_a_death_on_the_rollout_side_costs_its_episodes_and_nothing_else(tmp_path):
+    """kill -9 of a RolloutActor in mid-collection, of its engine-core process in mid-collection, of a RolloutActor without work."""
+    overrides = [*SMALL, "train.num_steps=4", "train.tasks_per_step=48", "rollout.max_in_flight=8", "eval.num_tasks=4"]
+    settings = recipe.load("calculator", overrides)
+    cluster.connect(settings, print)
     try:
-        policy_dir = str(ensure_tiny_policy(settings, lines_said.append))
-        parts = cluster.ray_parts(settings, policy_dir, lines_said.append)
-        pids = parts.rollout.start()  # nothing to load any more: tells the process ids
-        killed = threading.Event()
-        collect = parts.rollout.collect
-
-        def collect_and_kill(requests, **options):
-            def on_trajectories(trajectories):
-                if trajectories and requests[0].episode_id.startswith("2:") and not killed.is_set():
-                    os.kill(pids[0], signal.SIGKILL)
-                    killed.set()
-
-            return collect(requests, on_trajectories=on_trajectories, **options)
-
-        parts.rollout.collect = collect_and_kill
+        policy_dir = str(ensure_tiny_policy(settings, print))
+        parts = cluster.ray_parts(settings, policy_dir, print)
+        parts.rollout = Killer(parts.rollout)
         try:
-            Run(settings, tmp_path / "run", policy_dir, lines_said.append).train(parts)
+            Run(settings, tmp_path / "run", policy_dir, print).train(parts)
+            processes = [p for p in psutil.Process().children(recursive=True) if p.name() != "wandb-core"]  # serves this process
         finally:
             parts.close()
     finally:
         cluster.disconnect()
-    assert killed.is_set()
-    check_run_folder(tmp_path / "run", 3, 48)
+    assert parts.rollout.done == ["2", "3", "4"]
+    check_run_folder(tmp_path / "run", 4, 48)
     metrics = lines(tmp_path / "run" / "metrics.jsonl")
-    assert [m["rollout/actor_restarts"] for m in metrics] == [0, 1, 1]
-    assert metrics[0]["rollout/episodes_rerun"] == 0
-    assert 1 <= metrics[1]["rollout/episodes_rerun"] <= 8  # those in flight on the actor, no more
+    assert [m["rollout/actor_restarts"] for m in metrics] == [0, 1, 2, 3]
+    rerun = [m["rollout/episodes_rerun"] for m in metrics]
+    assert rerun[0] == 0
+    assert all(1 <= more <= 8 for more in (rerun[1], rerun[2] - rerun[1]))  # those in flight on the actor, no more
+    assert rerun[3] == rerun[2]
     episodes = [t.request.episode_id for _, t in load_trajectories(tmp_path / "run" / "trajectories.jsonl")]
-    assert len(set(episodes)) == len(episodes) == 3 * 48
-    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    assert len(set(episodes)) == len(episodes) == 4 * 48
+    _, left = psutil.wait_procs(processes, timeout=20)
+    assert left == []
 
 
 def test_a_plan_that_does_not_fit_is_refused_by_name(tmp_path, capsys):

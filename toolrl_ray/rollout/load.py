@@ -36,9 +36,11 @@ def load_engine(config: RunConfig, policy_dir: str, codec: HFCodec, weight_backe
 def load_transformers_engine(config: RunConfig, policy_dir: str, codec: HFCodec) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     from toolrl_ray.rollout.transformers_engine import TransformersEngine
 
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(policy_dir, dtype=getattr(torch, config.policy.dtype))
     if config.rollout.num_gpus > 0:
         model = model.cuda()
