@@ -5,22 +5,26 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 
 class LoadingError(Exception):
-    """The module or the name in it is missing; the message is one line."""
+    """The module or the name in it is missing, or the module cannot be executed; the message is one line."""
 
 
 def load_module(spec: str) -> ModuleType:
-    """spec: "package.module" or "path/to/file.py"."""
+    """spec: "package.module" or "path/to/file.py". Raises LoadingError, whatever goes wrong in the module."""
     if not spec.endswith(".py"):
         try:
             return importlib.import_module(spec)
-        except ModuleNotFoundError as error:
-            raise LoadingError(f"no module {spec!r} ({error}); give an importable name or the path of a .py file") from None
+        except (Exception, SystemExit) as error:
+            absent = isinstance(error, ModuleNotFoundError) and error.name and f"{spec}.".startswith(f"{error.name}.")
+            if absent or (isinstance(error, (TypeError, ValueError)) and not _frames(error)):  # not there, or not even a name
+                raise LoadingError(f"no module {spec!r} ({error}); give an importable name or the path of a .py file") from None
+            raise LoadingError(_failure(error)) from None
     path = Path(spec).absolute()
     if not path.is_file():
         raise LoadingError(f"no file {str(path)!r}")
@@ -32,8 +36,10 @@ def load_module(spec: str) -> ModuleType:
         sys.modules[name] = module  # dataclasses and pickling look their module up there
         try:
             module_spec.loader.exec_module(module)
-        except BaseException:
+        except BaseException as error:
             del sys.modules[name]
+            if isinstance(error, (Exception, SystemExit)):
+                raise LoadingError(_failure(error, path)) from None
             raise
     return sys.modules[name]
 
@@ -47,3 +53,21 @@ def load_name(spec: str) -> Any:
     if not hasattr(loaded, name):
         raise LoadingError(f"{module} has no {name!r}")
     return getattr(loaded, name)
+
+
+def _failure(error: BaseException, path: Path | None = None) -> str:
+    """`FILE, line N: CLASS: MESSAGE`: the last line reached in the person's file, not the one in a library that it called."""
+    place, frames = str(path or ""), _frames(error)
+    if isinstance(error, SyntaxError) and error.filename and error.lineno:
+        place, text = f"{error.filename}, line {error.lineno}", error.msg
+    else:
+        text = str(error)
+        if frames:
+            place = f"{frames[0].filename}, line {[frame for frame in frames if frame.filename == frames[0].filename][-1].lineno}"
+    return f"{place}: {type(error).__name__}: {' '.join(text.split())}".removeprefix(": ")
+
+
+def _frames(error: BaseException) -> list[traceback.FrameSummary]:
+    """Where it came from, without this file and the machinery of importing."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return [frame for frame in frames if frame.filename not in (__file__, importlib.__file__) and not frame.filename.startswith("<frozen")]

@@ -6,6 +6,7 @@ A task module offers three functions: `load_tasks(config) -> (train, held-out)`,
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -22,6 +23,8 @@ from tools_service.calculator import calculate
 from tools_service.protocol import ToolError
 
 TOLERANCE = 0.01
+HELDOUT_SHARE = 8  # one generated expression in so many is held out
+DRAWS_PER_TASK = 20  # after which the generator has nothing new
 NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?(?:[eE][-+]?\d+)?"
 RESULT = re.compile(rf"Result=\s*({NUMBER})\s*<submit>")
 ANNOTATION = re.compile(r"<<([^<>=]+)=([^<>]+)>>")
@@ -66,23 +69,30 @@ def load_tasks(config: TaskConfig) -> tuple[list[Task], list[Task]]:
     return _annotated(config, rows)
 
 
+def held_out(expression: str) -> bool:
+    """Whether a generated expression belongs to the held-out split: by its own hash, so that no held-out set, of whatever size
+    and seed, meets any training set."""
+    return hashlib.sha256(normalise(expression).encode()).digest()[0] % HELDOUT_SHARE == 0
+
+
 def _generated(config: TaskConfig) -> tuple[list[Task], list[Task]]:
-    wanted = config.num_heldout + config.num_train
     rng = random.Random(f"calculator/{config.seed}")
-    expressions: dict[str, str] = {}
-    for _ in range(20 * wanted):
+    wanted = {False: config.num_train, True: config.num_heldout}  # by whether it is held out, as below
+    found: dict[bool, dict[str, str]] = {False: {}, True: {}}
+    for _ in range(DRAWS_PER_TASK * (config.num_train + HELDOUT_SHARE * config.num_heldout)):
         expression = generated_expression(rng)
-        expressions.setdefault(normalise(expression), expression)
-        if len(expressions) == wanted:
-            break
+        split = held_out(expression)
+        if len(found[split]) < wanted[split]:
+            found[split].setdefault(normalise(expression), expression)
+            if all(len(found[split]) == wanted[split] for split in wanted):
+                break
     else:
         raise ConfigError(
-            f"task.num_train={config.num_train} and task.num_heldout={config.num_heldout} ask for {wanted} different expressions, "
-            f"and the generator found {len(expressions)}; ask for fewer"
+            f"task.num_train={config.num_train} and task.num_heldout={config.num_heldout} ask for more different expressions than the "
+            f"generator found ({len(found[False])} and {len(found[True])}); ask for fewer"
         )
-    tasks = [(expression, calculate(expression)) for expression in expressions.values()]
-    # Held-out first, so that more training tasks do not change what is held out.
-    return _tasks("generated/train", tasks[config.num_heldout :]), _tasks("generated/heldout", tasks[: config.num_heldout])
+    train, heldout = ([(expression, calculate(expression)) for expression in found[split].values()] for split in (False, True))
+    return _tasks("generated/train", train), _tasks("generated/heldout", heldout)
 
 
 def _annotated(config: TaskConfig, rows: Iterator[tuple[str, str, str]]) -> tuple[list[Task], list[Task]]:

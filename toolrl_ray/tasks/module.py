@@ -26,6 +26,25 @@ class TaskModule(Protocol):
         ...
 
 
+def load_tasks(config: TaskConfig) -> tuple[list[Task], list[Task]]:
+    """(training tasks, held-out tasks) of the run's task module.
+
+    Raises ConfigError when it gives something else, no task at all, or two of one id; and what the module itself raises.
+    """
+    loaded = task_module(config).load_tasks(config)
+    named = f"task.module={config.module!r}: load_tasks"
+    if not (isinstance(loaded, (tuple, list)) and len(loaded) == 2 and all(isinstance(part, list) for part in loaded)):
+        raise ConfigError(f"{named} must return two lists, training and held-out tasks, not {loaded!r:.100}")
+    for tasks, kind in zip(loaded, ("training", "held-out"), strict=True):
+        if not tasks:
+            raise ConfigError(f"{named} returned no {kind} task; it must return at least one")
+        if wrong := [task for task in tasks if not isinstance(task, Task)]:
+            raise ConfigError(f"{named} returned {wrong[0]!r:.100} among the {kind} tasks; it must return Task objects")
+        if len({task.id for task in tasks}) < len(tasks):
+            raise ConfigError(f"{named} returned two {kind} tasks of one id; give each an id of its own")
+    return loaded[0], loaded[1]
+
+
 def task_module(config: TaskConfig) -> TaskModule:
     """Raises ConfigError when task.module cannot be loaded or lacks a function."""
     try:

@@ -106,12 +106,39 @@ def test_generated_tasks_depend_on_the_seed_alone() -> None:
     config = TaskConfig(num_train=50, num_heldout=20)
     assert load_tasks(config) == load_tasks(config)
     assert load_tasks(config.model_copy(update={"num_train": 60}))[1] == load_tasks(config)[1], "more training tasks hold out the same ones"
+    assert load_tasks(config.model_copy(update={"num_heldout": 30}))[1][:20] == load_tasks(config)[1], "a larger held-out set begins alike"
     assert load_tasks(config.model_copy(update={"seed": 1})) != load_tasks(config)
+
+
+def expressions(tasks: list[Task]) -> set[str]:
+    return {normalise(task.prompt) for task in tasks}
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.tuples(*[st.integers(0, 10**6)] * 2), st.tuples(*[st.integers(1, 300)] * 4))
+def test_no_held_out_set_of_any_size_and_seed_meets_any_training_set(seeds: tuple[int, ...], sizes: tuple[int, ...]) -> None:
+    one, other = (TaskConfig(num_train=sizes[2 * i], num_heldout=sizes[2 * i + 1], seed=seeds[i]) for i in range(2))
+    assert not expressions(load_tasks(one)[0]) & expressions(load_tasks(other)[1])
+    assert not expressions(load_tasks(other)[0]) & expressions(load_tasks(one)[1])
+
+
+def test_a_larger_held_out_set_takes_nothing_of_what_the_default_run_trains_on() -> None:
+    trained, few = load_tasks(TaskConfig())
+    _, many = load_tasks(TaskConfig(num_heldout=2000))
+    assert len(trained) == 4096 and len(expressions(many)) == 2000
+    assert not expressions(trained) & expressions(many)
+    assert many[:500] == few
+
+
+def test_spaces_and_thousands_commas_do_not_move_an_expression_to_the_other_split() -> None:
+    train, heldout = load_tasks(TaskConfig(num_train=50, num_heldout=50))
+    for task in train + heldout:
+        assert calculator.held_out(task.prompt) == calculator.held_out(" ".join(task.prompt)) == (task in heldout)
 
 
 def test_asking_for_more_tasks_than_exist_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calculator, "generated_expression", lambda rng: f"{rng.randint(1, 3)}+1")
-    with pytest.raises(ConfigError, match=r"task.num_train=10 and task.num_heldout=5 ask for 15 .* found 3"):
+    with pytest.raises(ConfigError, match=r"task.num_train=10 and task.num_heldout=5 ask for more .* \([0-3] and [0-3]\); ask for fewer"):
         load_tasks(TaskConfig(num_train=10, num_heldout=5))
 
 

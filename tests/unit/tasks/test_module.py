@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from toolrl_ray.config import TaskConfig
+from toolrl_ray.errors import ConfigError
+from toolrl_ray.tasks.module import load_tasks, task_module
+
+HEAD = "from toolrl_ray.types import Task\nONE, TWO = Task('1', 'q', 'a', 's'), Task('2', 'q', 'a', 's')\n"
+REST = "def render_prompt(task, few_shot): return ''\ndef reward(trajectory): return 0.0\n"
+
+
+def module(tmp_path: Path, returned: str) -> TaskConfig:
+    path = tmp_path / "my_task.py"
+    path.write_text(f"{HEAD}def load_tasks(config): return {returned}\n{REST}")
+    return TaskConfig(module=str(path))
+
+
+def test_the_tasks_of_a_persons_own_module_are_taken_as_they_are(tmp_path: Path) -> None:
+    train, heldout = load_tasks(module(tmp_path, "[ONE, TWO], [ONE]"))
+    assert [task.id for task in train] == ["1", "2"] and [task.id for task in heldout] == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("returned", "expected"),
+    [
+        ("[], [ONE]", "no training task"),
+        ("[ONE], []", "no held-out task"),
+        ("None", "two lists, training and held-out tasks, not None"),
+        ("[ONE]", "two lists"),
+        ("[ONE], None", "two lists"),
+        ("[ONE], ['What is 1+1?']", "'What is 1\\+1\\?' among the held-out tasks"),
+        ("[ONE, ONE], [TWO]", "two training tasks of one id"),
+    ],
+)
+def test_tasks_that_cannot_be_trained_on_are_one_line(tmp_path: Path, returned: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=f"my_task.py': load_tasks .*{expected}") as raised:
+        load_tasks(module(tmp_path, returned))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_module_that_cannot_be_executed_or_lacks_a_function_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text("x = 1\nimport nothing_of_this_name\n")
+    with pytest.raises(ConfigError, match=r"task.module='.*broken.py': .*broken.py, line 2: ModuleNotFoundError"):
+        task_module(TaskConfig(module=str(path)))
+    with pytest.raises(ConfigError, match="task.module='json' lacks load_tasks, render_prompt, reward"):
+        task_module(TaskConfig(module="json"))
