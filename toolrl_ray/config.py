@@ -4,17 +4,21 @@ saved with the run. A recipe is a YAML file of this shape; recipe.py loads it.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+MAX_SHARED_GPU_MEMORY = 0.6  # of a GPU, for an engine that shares it with a learner
 
 
 def _absolute(spec: str | None) -> str | None:
     """Files are named absolutely, because the processes that read them have folders of their own."""
     if spec is None or not ("/" in spec or ".py" in spec or spec.endswith(".jsonl")):
         return spec
-    return str(Path(spec).expanduser().absolute())
+    return str(Path(os.path.expanduser(spec)).absolute())
 
 
 class Section(BaseModel):
@@ -24,9 +28,16 @@ class Section(BaseModel):
 class PolicyConfig(Section):
     """Where the policy comes from: `path` (a folder or a Hub name), or "tiny", made and warm-started on this machine."""
 
-    path: str = "tiny"
+    path: str = Field("tiny", min_length=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
     separate_critic: bool = False
+
+    @field_validator("path")
+    @classmethod
+    def _absolute(cls, value: str) -> str:
+        """A folder that is there; anything else may be a Hub name, and is looked at before the run starts (preflight.py)."""
+        folder = os.path.expanduser(value)
+        return str(Path(folder).absolute()) if value != "tiny" and os.path.isdir(folder) else value
 
 
 class BootstrapConfig(Section):
@@ -187,6 +198,11 @@ class TrackingConfig(Section):
     wandb_project: str = "toolrl"
     num_transcripts: int = Field(8, ge=0)  # per step, in the W&B table
 
+    @field_validator("wandb", mode="before")
+    @classmethod
+    def _off(cls, value: object) -> object:
+        return "off" if value is False else value  # YAML 1.1 reads off as false
+
 
 class RunConfig(Section):
     recipe: str
@@ -207,18 +223,68 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        if self.algo.advantage in ("grpo", "rloo") and self.train.group_size < 2:
-            raise ValueError(
-                f"algo.advantage={self.algo.advantage} contradicts train.group_size={self.train.group_size}: "
-                "it compares the episodes of a group; set train.group_size=2 or more"
-            )
-        if self.policy.path == "tiny" and self.episode.max_context_tokens > self.bootstrap.max_context_tokens:
-            raise ValueError(
-                f"episode.max_context_tokens={self.episode.max_context_tokens} contradicts "
-                f"bootstrap.max_context_tokens={self.bootstrap.max_context_tokens}, the longest text that the tiny policy can read"
-            )
-        if self.eval.num_tasks > self.task.num_heldout:
-            raise ValueError(
-                f"eval.num_tasks={self.eval.num_tasks} contradicts task.num_heldout={self.task.num_heldout}; set task.num_heldout higher"
-            )
+        for contradictions in (_contradictions, _gpu_contradictions):
+            for message in contradictions(self):
+                raise ValueError(message)
         return self
+
+
+def _contradictions(config: RunConfig) -> Iterator[str]:
+    """One line for every two settings that cannot hold together: both values and the remedy."""
+    advantage, longest, readable = config.algo.advantage, config.episode.max_context_tokens, config.bootstrap.max_context_tokens
+    if advantage in ("grpo", "rloo") and config.train.group_size < 2:
+        yield (
+            f"algo.advantage={advantage} contradicts train.group_size={config.train.group_size}: "
+            "it compares the episodes of a group; set train.group_size=2 or more"
+        )
+    if advantage != "gae" and config.policy.separate_critic:
+        yield f"algo.advantage={advantage} contradicts policy.separate_critic=true: only gae has a critic; set policy.separate_critic=false"
+    if config.policy.path == "tiny" and longest > readable:
+        yield (
+            f"episode.max_context_tokens={longest} contradicts bootstrap.max_context_tokens={readable}, the longest text that the "
+            f"tiny policy can read; set bootstrap.max_context_tokens={longest} or episode.max_context_tokens={readable}"
+        )
+    if config.eval.num_tasks > config.task.num_heldout:
+        yield (
+            f"eval.num_tasks={config.eval.num_tasks} contradicts task.num_heldout={config.task.num_heldout}; "
+            "set task.num_heldout higher or eval.num_tasks lower"
+        )
+
+
+def _gpu_contradictions(config: RunConfig) -> Iterator[str]:
+    """The same for who uses which GPU, and how the weights get there."""
+    rollout, learner, backend = config.rollout, config.learner, config.weights.backend
+    on_gpus = backend in ("nccl", "ipc")
+    actors, ranks = f"rollout.num_actors={rollout.num_actors}", f"learner.num_ranks={learner.num_ranks}"
+    for section, gpus, count in (("rollout", rollout.num_gpus, actors), ("learner", learner.num_gpus, ranks)):
+        if gpus > 1:
+            yield f"{section}.num_gpus={gpus:g} contradicts {count}: each uses one GPU; set {section}.num_gpus=1 and raise the count"
+        if gpus == 0 and on_gpus:
+            yield (
+                f"weights.backend={backend} contradicts {section}.num_gpus=0: it carries weights between GPUs; "
+                f"give {section}.num_gpus a GPU or set weights.backend=auto"
+            )
+    if rollout.engine == "transformers" and on_gpus:
+        yield f"rollout.engine=transformers contradicts weights.backend={backend}, which vLLM alone has; set weights.backend=auto"
+    if rollout.num_gpus == 0 or learner.num_gpus == 0:
+        return
+    gpus = f"rollout.num_gpus={rollout.num_gpus:g} and learner.num_gpus={learner.num_gpus:g}"
+    one_gpu = rollout.num_gpus + learner.num_gpus <= 1
+    one_pair = one_gpu and rollout.num_actors == 1 and learner.num_ranks == 1
+    if backend == "ipc" and not one_pair:
+        yield (
+            f"weights.backend=ipc contradicts {gpus} with {actors} and {ranks}: it serves one RolloutActor and one rank that share "
+            "one GPU; set one of each with rollout.num_gpus=0.5 and learner.num_gpus=0.5, or weights.backend=auto"
+        )
+    uses_nccl = backend == "nccl" or (backend == "auto" and rollout.engine == "vllm" and not one_pair)
+    if uses_nccl and not rollout.num_gpus == learner.num_gpus == 1:
+        remedy = " or weights.backend=ipc" if one_pair else ""
+        yield (
+            f"weights.backend={backend} contradicts {gpus} with {actors} and {ranks}: between them nccl carries the weights, and needs "
+            f"a whole GPU on either side; set rollout.num_gpus=1 and learner.num_gpus=1{remedy}"
+        )
+    if one_gpu and rollout.engine == "vllm" and rollout.gpu_memory_utilization > MAX_SHARED_GPU_MEMORY:
+        yield (
+            f"rollout.gpu_memory_utilization={rollout.gpu_memory_utilization:g} contradicts {gpus}, which share a GPU: too little is "
+            f"left for the learner; set rollout.gpu_memory_utilization={MAX_SHARED_GPU_MEMORY} or less"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from toolrl_ray.config import RunConfig
 from toolrl_ray.errors import ConfigError
 
 RECIPES = Path(__file__).parent / "recipes"
+EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 def recipe_names() -> list[str]:
@@ -28,7 +30,7 @@ def load(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
         raise ConfigError(f"unknown recipe {recipe!r}; recipes: {', '.join(recipe_names())}; or give a path to a .yaml file")
     try:
         tree = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of sections, not a {type(tree).__name__}")
@@ -53,21 +55,14 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
-    if isinstance(value, str) and (number := _number(value)) is not None:
-        value = number  # YAML 1.1 reads 1e-3 as text
+    if isinstance(value, str) and EXPONENT.fullmatch(text):
+        value = float(text)  # YAML 1.1 reads 1e-3 as text
     *parents, last = key.split(".")
     for name in parents:
         tree = tree.setdefault(name, {})
         if not isinstance(tree, dict):
             raise ConfigError(f"override {override!r}: {name!r} is a value, not a section")
     tree[last] = value
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 def _allowed_keys(location: tuple[Any, ...]) -> list[str]:

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from toolrl_ray import config
 from toolrl_ray import recipe as recipes
 from toolrl_ray.errors import ConfigError
+from toolrl_ray.weights.sync import select_backend, shares_gpu
 
 
 @pytest.fixture
@@ -47,6 +49,9 @@ def test_a_recipe_is_its_file_over_the_defaults(recipe: str) -> None:
         ("learner.adam_betas=[0.8, 0.9]", lambda c: c.learner.adam_betas, (0.8, 0.9)),
         ("tools.names=[A, B]", lambda c: c.tools.names, ["A", "B"]),
         ("policy.path=org/name", lambda c: c.policy.path, "org/name"),
+        ('policy.path="1e3"', lambda c: c.policy.path, "1e3"),
+        ("run_dir=nan", lambda c: c.run_dir, "nan"),
+        ("tracking.wandb=off", lambda c: c.tracking.wandb, "off"),
         ("run_dir=runs/a=b", lambda c: c.run_dir, "runs/a=b"),
     ],
 )
@@ -103,12 +108,109 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(recipe: str, overrid
         (["algo.advantage=rloo", "train.group_size=4"], ["algo.advantage=rloo", "algo.kl_in=reward", "set algo.kl_in=loss"]),
         (["algo.kl_in=loss"], ["algo.kl_estimator=k1", "algo.kl_in=loss", "set algo.kl_estimator=k2 or k3"]),
         (["eval.num_tasks=900"], ["eval.num_tasks=900", "task.num_heldout=500", "set task.num_heldout higher"]),
-        (["episode.max_context_tokens=4096"], ["episode.max_context_tokens=4096", "bootstrap.max_context_tokens=256"]),
+        (
+            ["episode.max_context_tokens=4096"],
+            ["episode.max_context_tokens=4096", "bootstrap.max_context_tokens=256", "set bootstrap.max_context_tokens=4096"],
+        ),
+        (
+            ["algo.advantage=reinforce_pp", "policy.separate_critic=true"],
+            ["algo.advantage=reinforce_pp", "policy.separate_critic=true", "set policy.separate_critic=false"],
+        ),
     ],
 )
 def test_a_contradiction_is_named_with_both_values(recipe: str, overrides: list[str], parts: list[str]) -> None:
     message = complaint(recipe, *overrides)
     assert [part for part in parts if part not in message] == []
+
+
+ON_GPUS = ["rollout.num_gpus=1", "learner.num_gpus=1"]
+ON_ONE_GPU = ["rollout.num_gpus=0.5", "learner.num_gpus=0.5", "rollout.gpu_memory_utilization=0.5"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["weights.backend=nccl"], ["weights.backend=nccl", "rollout.num_gpus=0", "set weights.backend=auto"]),
+        (["weights.backend=ipc", "rollout.num_gpus=0.5"], ["weights.backend=ipc", "learner.num_gpus=0", "set weights.backend=auto"]),
+        (
+            [*ON_GPUS, "rollout.engine=transformers", "weights.backend=nccl"],
+            ["rollout.engine=transformers", "weights.backend=nccl", "set weights.backend=auto"],
+        ),
+        (
+            [*ON_GPUS, "weights.backend=ipc"],
+            ["weights.backend=ipc", "rollout.num_gpus=1 and learner.num_gpus=1", "rollout.num_gpus=0.5", "or weights.backend=auto"],
+        ),
+        (
+            [*ON_ONE_GPU, "weights.backend=ipc", "learner.num_ranks=2"],
+            ["weights.backend=ipc", "learner.num_ranks=2", "set one of each"],
+        ),
+        (
+            [*ON_ONE_GPU, "weights.backend=nccl"],
+            ["weights.backend=nccl", "rollout.num_gpus=0.5", "set rollout.num_gpus=1 and learner.num_gpus=1", "or weights.backend=ipc"],
+        ),
+        (
+            [*ON_ONE_GPU, "rollout.num_actors=2"],
+            ["weights.backend=auto", "rollout.num_gpus=0.5", "rollout.num_actors=2", "set rollout.num_gpus=1"],
+        ),
+        (["rollout.num_gpus=2"], ["rollout.num_gpus=2", "rollout.num_actors=1", "set rollout.num_gpus=1"]),
+        (["learner.num_gpus=1.5"], ["learner.num_gpus=1.5", "learner.num_ranks=1", "set learner.num_gpus=1"]),
+        (
+            ["rollout.num_gpus=0.5", "learner.num_gpus=0.5"],
+            ["rollout.gpu_memory_utilization=0.85", "learner.num_gpus=0.5", "set rollout.gpu_memory_utilization=0.6"],
+        ),
+    ],
+)
+def test_a_contradiction_about_gpus_is_named_with_both_values(recipe: str, overrides: list[str], parts: list[str]) -> None:
+    message = complaint(recipe, *overrides)
+    assert [part for part in parts if part not in message] == []
+
+
+shares = st.sampled_from([0, 0.25, 0.5, 1, 2])
+
+
+@settings(max_examples=400)
+@given(
+    gpus=st.tuples(shares, shares),
+    counts=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    engine=st.sampled_from(["vllm", "transformers"]),
+    backend=st.sampled_from(["auto", "object_store", "nccl", "ipc"]),
+    utilization=st.sampled_from([0.5, 0.85]),
+)
+def test_an_accepted_configuration_has_a_weight_backend_that_can_work(gpus, counts, engine, backend, utilization) -> None:
+    tree = {
+        "recipe": "r",
+        "rollout": {"engine": engine, "num_gpus": gpus[0], "num_actors": counts[0], "gpu_memory_utilization": utilization},
+        "learner": {"num_gpus": gpus[1], "num_ranks": counts[1]},
+        "weights": {"backend": backend},
+    }
+    try:
+        accepted = config.RunConfig.model_validate(tree)
+    except ValidationError:
+        return
+    chosen = select_backend(accepted)
+    if chosen == "ipc":
+        assert shares_gpu(accepted) and engine == "vllm" and utilization == 0.5
+    elif chosen == "nccl":
+        assert gpus == (1, 1) and engine == "vllm"
+    assert max(gpus) <= 1
+
+
+@pytest.mark.parametrize("path", ["model", "./model", "org/name", "../here/model", "~/model"])
+def test_a_policy_folder_that_is_there_is_named_absolutely(recipe: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "here"
+    for folder in ("model", "org/name"):
+        (here / folder).mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(here))
+    monkeypatch.chdir(here)
+    found = recipes.load(recipe, [f"policy.path={path}"]).policy.path
+    assert Path(found).is_absolute() and Path(found).samefile(here / path.removeprefix("~/"))
+
+
+@pytest.mark.parametrize("path", ["tiny", "org/name", "name", "/not/there"])
+def test_tiny_and_what_is_no_folder_stay_as_they_are(recipe: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert recipes.load(recipe, [f"policy.path={path}"]).policy.path == path
 
 
 @pytest.mark.parametrize(
@@ -126,10 +228,12 @@ def test_an_override_of_the_wrong_form_is_quoted(recipe: str, override: str, par
     assert part in message
 
 
-@pytest.mark.parametrize(("text", "part"), [("train: [1", "not valid YAML"), ("- a\n- b\n", "must hold a mapping")])
-def test_a_broken_file_is_named(tmp_path: Path, text: str, part: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "part"), [(b"train: [1", "not valid YAML"), (b"- a\n- b\n", "must hold a mapping"), (b"\xff\xfe\xfd", "not valid YAML")]
+)
+def test_a_broken_file_is_named(tmp_path: Path, content: bytes, part: str) -> None:
     path = tmp_path / "broken.yaml"
-    path.write_text(text)
+    path.write_bytes(content)
     message = complaint(str(path))
     assert str(path) in message
     assert part in message

@@ -32,7 +32,7 @@ def test_an_actor_that_no_node_can_hold_is_refused():
 
 
 def test_a_shared_gpu_is_one_bundle():
-    shared = config(rollout={"num_gpus": 0.5}, learner={"num_gpus": 0.5})
+    shared = config(rollout={"num_gpus": 0.5, "gpu_memory_utilization": 0.5}, learner={"num_gpus": 0.5})
     assert bundles(shared) == ([{"CPU": 1.5, "GPU": 1.0}], [0], [0])
     apart = config(rollout={"num_gpus": 1, "num_actors": 2}, learner={"num_gpus": 1})
     assert bundles(apart)[1:] == ([0, 1], [2])
@@ -44,9 +44,9 @@ def test_a_shared_gpu_is_one_bundle():
     [
         ({}, "object_store"),
         ({"rollout": {"num_gpus": 1}, "learner": {"num_gpus": 1}}, "nccl"),
-        ({"rollout": {"num_gpus": 0.5}, "learner": {"num_gpus": 0.5}}, "ipc"),
+        ({"rollout": {"num_gpus": 0.5, "gpu_memory_utilization": 0.5}, "learner": {"num_gpus": 0.5}}, "ipc"),
         ({"rollout": {"num_gpus": 1, "engine": "transformers"}, "learner": {"num_gpus": 1}}, "object_store"),
-        ({"weights": {"backend": "nccl"}}, "nccl"),
+        ({"rollout": {"num_gpus": 1}, "learner": {"num_gpus": 1}, "weights": {"backend": "object_store"}}, "object_store"),
     ],
 )
 def test_the_weight_backend_follows_the_gpus(sections, backend):
