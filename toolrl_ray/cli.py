@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from toolrl_ray.errors import ToolRLError, UserError
 
@@ -30,8 +30,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.run(options)
     except UserError as error:
-        print(f"toolrl: {error}", file=sys.stderr)
-        return EXIT_USER
+        return _refuse(str(error))
+    except ModuleNotFoundError as error:
+        from toolrl_ray import preflight
+
+        package = (error.name or "").partition(".")[0]
+        if package not in preflight.STACK:
+            raise
+        return _refuse(str(preflight.not_installed(package)))
     except ToolRLError as error:
         if options.verbose:
             raise
@@ -43,6 +49,18 @@ def main(arguments: list[str] | None = None) -> int:
     except Terminated:
         print("toolrl: terminated", file=sys.stderr)
         return EXIT_TERMINATED
+
+
+def _refuse(message: str) -> int:
+    print(f"toolrl: {' '.join(message.splitlines())}", file=sys.stderr)
+    return EXIT_USER
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, like every other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USER, f"toolrl: {message}; see {self.prog} --help\n")
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -61,7 +79,7 @@ def _on_sigterm(signum: int, frame: Any) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="toolrl", description="Teach language models to use tools by reinforcement learning.")
+    parser = Parser(prog="toolrl", description="Teach language models to use tools by reinforcement learning.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, text: str, *, recipe: bool = True) -> argparse.ArgumentParser:
@@ -70,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--verbose", action="store_true", help="show the logs of all processes, and tracebacks")
         if recipe:
             sub.add_argument("recipe", help="name of a recipe, or a path to a .yaml file")
-            sub.add_argument("overrides", nargs="*", metavar="key.path=value", help="for example train.num_steps=10")
+            sub.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help="for example train.num_steps=10")
         return sub
 
     train = command("train", _train, "Train a policy by a recipe.")
@@ -106,20 +124,11 @@ def _policy_dir(config: Any) -> str:
     return str(ensure_tiny_policy(config, say))
 
 
-def _check(config: Any) -> None:
-    """What can be wrong without starting anything: tools, tasks, the policy's folder."""
-    from toolrl_ray.tasks.module import task_module
-    from toolrl_ray.tools.local import tool_factories
-
-    tool_factories(config.tools)
-    task_module(config.task).load_tasks(config.task)
-    if config.policy.path != "tiny":
-        _policy_dir(config)
-
-
 def _with_parts(config: Any, options: argparse.Namespace, learner: bool, use: Any) -> Any:
     """Run `use(parts, policy_dir)` on Ray or in this process, and take everything down afterwards, whatever happens."""
-    _check(config)
+    from toolrl_ray import preflight
+
+    preflight.check(config, in_process=options.in_process, learner=learner)
     if options.in_process:
         from toolrl_ray.in_process import in_process_parts
 
@@ -143,24 +152,29 @@ def _with_parts(config: Any, options: argparse.Namespace, learner: bool, use: An
         cluster.disconnect()
 
 
-def _new_run_dir(config: Any) -> Path:
-    run_dir = Path(config.run_dir or f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
-    if run_dir.exists() and any(run_dir.iterdir()):
-        raise UserError(f"run_dir={str(run_dir)!r} exists and is not empty; choose another folder or remove it")
-    return run_dir
-
-
 def _train(options: argparse.Namespace) -> int:
     config = _load(options)
-    run_dir = _new_run_dir(config)
+    from toolrl_ray import run_dir as run_dirs
+
+    run_dir = run_dirs.claim(config)
     say(f"recipe {config.recipe}, seed {config.seed}, run folder {run_dir}")
+    runs = []
 
     def use(parts: Any, policy_dir: str) -> dict[str, Any]:
         from toolrl_ray.driver import Run
 
-        return Run(config, run_dir, policy_dir, say).train(parts)
+        runs.append(Run(config, run_dir, policy_dir, say))
+        return runs[0].train(parts)
 
-    summary = _with_parts(config, options, True, use)
+    try:
+        try:
+            summary = _with_parts(config, options, True, use)
+        finally:
+            for run in runs:
+                run.close_tracker()  # after the parts: it may wait for a network
+    except BaseException:
+        run_dirs.release(run_dir)
+        raise
     from toolrl_ray.tracking.summary import render
 
     print(f"\n{render(summary)}", flush=True)
@@ -168,15 +182,19 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    config = _load(options)
     if options.policy:
-        config = config.model_copy(update={"policy": config.policy.model_copy(update={"path": options.policy})})
+        options.overrides.append(f"policy.path={json.dumps(options.policy)}")
+    config = _load(options)
+    if options.json and not Path(options.json).absolute().parent.is_dir():
+        raise UserError(f"--json={options.json!r}: no folder {str(Path(options.json).absolute().parent)!r}; make it first")
+    if options.json and Path(options.json).is_dir():
+        raise UserError(f"--json={options.json!r} is a folder; name a file in it")
 
     def use(parts: Any, policy_dir: str) -> dict[str, float]:
         from toolrl_ray.driver import evaluate
-        from toolrl_ray.tasks.module import task_module
+        from toolrl_ray.tasks.module import load_tasks
 
-        return evaluate(config, parts, task_module(config.task).load_tasks(config.task)[1], "eval")[0]
+        return evaluate(config, parts, load_tasks(config.task)[1], "eval")[0]
 
     result = _with_parts(config, options, False, use)
     width = max(map(len, result))

@@ -17,8 +17,9 @@ Synchronous: one collection, one update, one weight sync, again. Who waits for w
 | driver | weights.sync | pause, send, resume of every engine; weights.timeout_s each |
 
 Shutdown: whatever ends the loop (the last step, an error, Ctrl-C, SIGTERM), `Parts.close` kills the actors, removes the run's
-tools and its placement group; the files of the run folder are whole up to the last finished step. The driver knows the parts
-by what they do, never how they do it: `cluster.py` builds them on Ray, `in_process.py` builds them in this process.
+tools and its placement group, and `Run.close_tracker` then ends the W&B run, which may wait for a network; the files of the run
+folder are whole up to the last finished step. The driver knows the parts by what they do, never how they do it: `cluster.py`
+builds them on Ray, `in_process.py` builds them in this process.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from typing import Any, Protocol
 from toolrl_ray.config import RunConfig
 from toolrl_ray.evaluation import eval_result, rollout_metrics
 from toolrl_ray.recipe import dump
-from toolrl_ray.tasks.module import task_module
+from toolrl_ray.tasks.module import load_tasks
 from toolrl_ray.tasks.stream import TaskStream
 from toolrl_ray.tracking.memory import tree_gib
 from toolrl_ray.tracking.metrics import MetricsWriter
@@ -89,13 +90,14 @@ def requests_for(step: int, tasks: list[Task], group_size: int) -> list[EpisodeR
 
 
 class Run:
-    """One training run and its folder."""
+    """One training run and its folder. Whoever calls `train` closes the parts, and then calls `close_tracker`."""
 
     def __init__(self, config: RunConfig, run_dir: Path, policy_dir: str, say: Say):
         self._config = config
         self._dir = run_dir
         self._policy_dir = policy_dir
         self._say = say
+        self._tracker: WandbTracker | None = None
         self._evals: dict[str, Any] = {}
         self._totals = {"episodes": 0.0, "tokens": 0.0, "rollout_s": 0.0}
 
@@ -103,29 +105,31 @@ class Run:
         """The whole run; returns the summary that `tracking.summary.render` shows."""
         config = self._config
         assert parts.learner is not None and parts.weights is not None
-        train_tasks, heldout = task_module(config.task).load_tasks(config.task)
+        train_tasks, heldout = load_tasks(config.task)
         stream = TaskStream(train_tasks, config.seed)
         self._dir.mkdir(parents=True, exist_ok=True)
         (self._dir / "config.yaml").write_text(dump(config))
         started = time.monotonic()
-        tracker = WandbTracker(config, self._dir)
+        self._tracker = tracker = WandbTracker(config, self._dir)
         self._say(tracker.note)
-        try:
-            with closing(TrajectoryWriter(self._dir)) as trajectories, closing(MetricsWriter(self._dir)) as metrics:
-                self._evaluate(parts, heldout, "before", 0, tracker)
-                for step in range(1, config.train.num_steps + 1):
-                    batch = stream.next_batch(config.train.tasks_per_step)
-                    collected, numbers = self._step(parts, step, batch)
-                    trajectories.write(step, collected)
-                    metrics.write(step, numbers)
-                    tracker.log(step, numbers, collected)
-                    if config.eval.every_steps and step % config.eval.every_steps == 0 and step < config.train.num_steps:
-                        self._evaluate(parts, heldout, f"step-{step}", step, tracker)
-                self._evaluate(parts, heldout, "after", config.train.num_steps, tracker)
-            parts.learner.save_policy(str(self._dir / "policy"), self._policy_dir)
-        finally:
-            tracker.finish({f"eval/{label}/{key}": value for label, result in self._evals.items() for key, value in result.items()})
+        with closing(TrajectoryWriter(self._dir)) as trajectories, closing(MetricsWriter(self._dir)) as metrics:
+            self._evaluate(parts, heldout, "before", 0, tracker)
+            for step in range(1, config.train.num_steps + 1):
+                batch = stream.next_batch(config.train.tasks_per_step)
+                collected, numbers = self._step(parts, step, batch)
+                trajectories.write(step, collected)
+                metrics.write(step, numbers)
+                tracker.log(step, numbers, collected)
+                if config.eval.every_steps and step % config.eval.every_steps == 0 and step < config.train.num_steps:
+                    self._evaluate(parts, heldout, f"step-{step}", step, tracker)
+            parts.learner.save_policy(str(self._dir / "policy"), self._policy_dir)  # an evaluation that fails costs no training
+            self._evaluate(parts, heldout, "after", config.train.num_steps, tracker)
         return self._summary(time.monotonic() - started)
+
+    def close_tracker(self) -> None:
+        """Ends the W&B run, with every evaluation in its summary. Safe to call at any time, and twice."""
+        if self._tracker:
+            self._tracker.finish({f"eval/{label}/{key}": value for label, result in self._evals.items() for key, value in result.items()})
 
     def _step(self, parts: Parts, step: int, tasks: list[Task]) -> tuple[list[Trajectory], dict[str, Any]]:
         config = self._config

@@ -1,0 +1,156 @@
+"""The command: every mistake is one line and exit code 2, before anything starts; and parts close before tracking does."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.unit.scripted_parts import ScriptedParts
+from toolrl_ray import cli, driver, recipe
+from toolrl_ray.errors import RolloutError
+
+SMALL = ["task.num_train=8", "task.num_heldout=4", "eval.num_tasks=4", "train.tasks_per_step=3", "train.num_steps=1", "tracking.wandb=off"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("TOOLRL_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").write_text("")
+    (tmp_path / "broken.py").write_text("x = 1\nimport nothing_of_this_name\n")
+    (tmp_path / "bad.yaml").write_text("train: [1")
+    functions = "def load_tasks(config): return [], []\ndef render_prompt(task, few_shot): return ''\ndef reward(trajectory): return 0.0\n"
+    (tmp_path / "no_tasks.py").write_text(functions)
+    return tmp_path
+
+
+def run(arguments: list[str]) -> int:
+    try:
+        return cli.main(arguments)
+    except SystemExit as exit:  # argparse
+        return exit.code
+
+
+@pytest.mark.parametrize(
+    ("command", "parts"),
+    [
+        ("", ["COMMAND", "toolrl --help"]),
+        ("frobnicate", ["'frobnicate'", "train", "doctor"]),
+        ("train", ["recipe", "toolrl train --help"]),
+        ("train calculator --quickly", ["--quickly"]),
+        ("train nope", ["'nope'", *recipe.recipe_names()]),
+        ("train nowhere.yaml", ["'nowhere.yaml'", "calculator"]),
+        ("train bad.yaml", ["bad.yaml", "not valid YAML"]),
+        ("train calculator train.num_steps", ["'train.num_steps'", "key.path=value"]),
+        ("train calculator train.steps=1", ["'train.steps'", "num_steps, tasks_per_step"]),
+        ("train calculator --in-process train.num_steps=x", ["train.num_steps='x'", "integer"]),
+        ("train calculator train.num_steps=-1", ["train.num_steps=-1", "greater than or equal to 0"]),
+        ("train calculator rollout.engine=sglang", ["rollout.engine='sglang'", "'vllm' or 'transformers'"]),
+        ("train calculator algo.advantage=grpo algo.kl_coef=0", ["train.group_size=1", "set train.group_size=2"]),
+        ("train calculator weights.backend=nccl", ["weights.backend=nccl", "rollout.num_gpus=0"]),
+        ("train calculator run_dir=used", ["used'", "not empty", "choose another folder"]),
+        ("train calculator run_dir=used/file/run", ["used/file/run'", "cannot be made"]),
+        ("train calculator --in-process policy.path=./nowhere", ["'./nowhere'", "no such folder", "Hub name"]),
+        ("train calculator --in-process policy.path=/no/where", ["'/no/where'", "no such folder"]),
+        ("train calculator --in-process policy.path=a/b/c", ["'a/b/c'", "no such folder"]),
+        ("train calculator --in-process policy.path=empty", ["empty'", "no config.json"]),
+        ("train calculator --in-process policy.path=\"''\"", ["policy.path=''", "at least 1 character"]),
+        ("train calculator --in-process tools.names=[Hammer]", ["'Hammer'", "SimpleCalculatorTool"]),
+        ("train calculator --in-process tools.names=[A] 'tools.custom={A: broken.py:A}'", ["broken.py, line 2", "ModuleNotFoundError"]),
+        ("train calculator --in-process task.module=broken.py", ["task.module=", "broken.py, line 2", "nothing_of_this_name"]),
+        ("train calculator --in-process task.module=no_such_module", ["task.module='no_such_module'", ".py file"]),
+        ("train calculator --in-process task.module=no_tasks.py", ["no_tasks.py", "no training task"]),
+        ("train calculator --in-process task.source=gsm8k task.path=none.jsonl", ["none.jsonl'", "cannot be read"]),
+        ("eval calculator --policy ./nowhere --in-process", ["'./nowhere'", "no such folder"]),
+        ("eval calculator --policy empty --in-process", ["empty'", "no config.json"]),
+        ("eval calculator --json none/result.json", ["'none/result.json'", "/none'", "make it first"]),
+        ("eval calculator --json empty", ["'empty'", "is a folder"]),
+        ("bootstrap calculator policy.path=org/name", ["policy.path='org/name'", "policy.path=tiny"]),
+        ("submit calculator train.num_steps=x", ["train.num_steps='x'"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(command: str, parts: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(path for path in folder.rglob("*") if "__pycache__" not in path.parts)
+    assert run(shlex.split(command)) == 2
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1 and error.startswith("toolrl: ")
+    assert [part for part in parts if part not in error] == []
+    left = sorted(path for path in folder.rglob("*") if "__pycache__" not in path.parts and path != folder / "runs")
+    assert left == before, "nothing may stay behind"
+
+
+@pytest.mark.parametrize("package", ["ray", "vllm", "deepspeed"])
+def test_a_package_that_is_not_installed_is_one_line_with_the_install_line(
+    package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    assert run(["train", "calculator"]) == 2
+    error = capsys.readouterr().err
+    assert error == f"toolrl: {package} is not installed; pip install -e '.[cpu]', or with GPUs pip install -e '.[gpu]'\n"
+
+
+def test_a_package_that_only_submit_needs_is_told_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "ray.job_submission", raising=False)
+    assert run(["submit", "calculator"]) == 2
+    assert capsys.readouterr().err.startswith("toolrl: ray is not installed; pip install")
+
+
+def test_a_missing_module_of_our_own_is_a_defect_and_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "toolrl_ray.submit", None)
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["submit", "calculator"])
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> ScriptedParts:
+    """Stands for the parts of an --in-process run; the end of tracking is noted among their calls."""
+    scripted = ScriptedParts()
+    module = SimpleNamespace(in_process_parts=lambda config, policy_dir, learner: scripted.parts())
+    monkeypatch.setitem(sys.modules, "toolrl_ray.in_process", module)
+    monkeypatch.setattr(cli, "_policy_dir", lambda config: "policy-dir")
+    monkeypatch.setattr(driver.WandbTracker, "finish", lambda tracker, summary=None: scripted.note("finish"))
+    return scripted
+
+
+def test_a_run_closes_its_parts_and_then_its_tracking(scripted: ScriptedParts, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "calculator", "--in-process", "run_dir=run", *SMALL]) == 0
+    assert scripted.calls[-4:] == ["save_policy", "collect eval-after", "close", "finish"]
+    assert "held-out accuracy (4 tasks)" in capsys.readouterr().out
+    assert (folder / "run" / "policy").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("at", "error", "code", "stays"),
+    [
+        ("update", KeyboardInterrupt(), 130, False),
+        ("update", cli.Terminated(), 143, False),
+        ("collect eval-before", RolloutError("the engine is gone"), 1, False),
+        ("collect eval-after", RolloutError("the engine is gone"), 1, True),
+        ("collect eval-after", KeyboardInterrupt(), 130, True),
+    ],
+)
+def test_a_run_that_ends_early_closes_in_the_same_order_and_keeps_its_folder_if_it_trained(
+    scripted: ScriptedParts, folder: Path, at: str, error: BaseException, code: int, stays: bool
+) -> None:
+    scripted.raising[at] = error
+    arguments = ["train", "calculator", "--in-process", "run_dir=run", *SMALL]
+    assert run(arguments) == code
+    assert scripted.calls[-2:] == ["close", "finish"]
+    assert (folder / "run" / "metrics.jsonl").exists() == (folder / "run").exists() == stays
+    scripted.raising.clear()
+    assert run(arguments) == (2 if stays else 0)  # the same command again
+
+
+def test_an_evaluation_prints_and_writes_its_result(scripted: ScriptedParts, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["eval", "calculator", "--in-process", "--json", "empty/result.json", *SMALL]) == 0
+    assert scripted.calls == ["collect eval-eval", "close"]
+    assert '"accuracy": 1.0' in (folder / "empty" / "result.json").read_text()
+    assert "accuracy" in capsys.readouterr().out

@@ -1,0 +1,77 @@
+"""The loop on scripted parts: the order of its calls, and what an error leaves in the run folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.unit.scripted_parts import ScriptedParts
+from toolrl_ray import driver, recipe
+from toolrl_ray.errors import RolloutError
+from toolrl_ray.tracking.metrics import load_metrics
+from toolrl_ray.tracking.trajectories import load_trajectories
+
+SMALL = ["task.num_train=8", "task.num_heldout=4", "eval.num_tasks=4", "train.tasks_per_step=3", "tracking.wandb=off"]
+TRAINED = ["collect eval-before", "collect 1", "update", "sync 1", "collect 2", "update", "sync 2", "save_policy"]
+
+
+def start(tmp_path: Path, *overrides: str) -> driver.Run:
+    config = recipe.load("calculator", [*SMALL, "train.num_steps=2", *overrides])
+    return driver.Run(config, tmp_path / "run", "policy-dir", lambda line: None)
+
+
+def test_a_run_evaluates_then_collects_updates_and_syncs_each_step_then_saves_then_evaluates(tmp_path: Path) -> None:
+    scripted = ScriptedParts()
+    summary = start(tmp_path).train(scripted.parts())
+    assert scripted.calls == [*TRAINED, "collect eval-after"]
+    run_dir = tmp_path / "run"
+    files = {"config.yaml", "eval", "eval.json", "metrics.jsonl", "policy", "trajectories.jsonl"}
+    assert {path.name for path in run_dir.iterdir()} == files
+    assert [m["step"] for m in load_metrics(run_dir / "metrics.jsonl")] == [1, 2]
+    assert [step for step, _ in load_trajectories(run_dir / "trajectories.jsonl")] == [1, 1, 1, 2, 2, 2]
+    assert set(json.loads((run_dir / "eval.json").read_text())) == {"before", "after"}
+    assert len(load_trajectories(run_dir / "eval" / "after" / "trajectories.jsonl")) == 4
+    assert summary["after"] == {"accuracy": 1.0, "tool_use": 0.0} and summary["num_tasks"] == 4
+
+
+def test_an_error_in_the_last_evaluation_leaves_the_trained_policy(tmp_path: Path) -> None:
+    scripted = ScriptedParts({"collect eval-after": RolloutError("the engine is gone")})
+    with pytest.raises(RolloutError, match="the engine is gone"):
+        start(tmp_path).train(scripted.parts())
+    assert (tmp_path / "run" / "policy").is_dir()
+    assert [m["step"] for m in load_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+    assert set(json.loads((tmp_path / "run" / "eval.json").read_text())) == {"before"}
+
+
+def test_an_error_in_a_step_leaves_the_steps_before_it_whole(tmp_path: Path) -> None:
+    with pytest.raises(RolloutError):
+        start(tmp_path).train(ScriptedParts({"sync 2": RolloutError("x")}).parts())
+    assert [m["step"] for m in load_metrics(tmp_path / "run" / "metrics.jsonl")] == [1]
+    assert {step for step, _ in load_trajectories(tmp_path / "run" / "trajectories.jsonl")} == {1}
+    assert not (tmp_path / "run" / "policy").exists()
+
+
+def test_evaluations_come_between_steps_where_asked_for_and_not_twice_at_the_end(tmp_path: Path) -> None:
+    scripted = ScriptedParts()
+    start(tmp_path, "eval.every_steps=1").train(scripted.parts())
+    evaluations = [call for call in scripted.calls if call.startswith("collect eval")]
+    assert evaluations == ["collect eval-before", "collect eval-step-1", "collect eval-after"]
+
+
+def test_the_tracker_ends_only_when_it_is_closed_and_then_has_every_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished = []
+
+    class Tracker(driver.WandbTracker):
+        def finish(self, summary=None) -> None:
+            finished.append(summary)
+
+    monkeypatch.setattr(driver, "WandbTracker", Tracker)
+    run = start(tmp_path)
+    run.close_tracker()  # nothing to close yet
+    run.train(ScriptedParts().parts())
+    assert finished == []
+    run.close_tracker()
+    assert [summary["eval/after/accuracy"] for summary in finished] == [1.0]
+    assert "eval/before/accuracy" in finished[0]

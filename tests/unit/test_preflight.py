@@ -1,0 +1,100 @@
+"""What does not fit is told before anything is started."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig, GPT2Config, LlamaConfig
+
+from toolrl_ray import preflight, recipe
+from toolrl_ray.bootstrap.tokenizer import make_tokenizer, save_tokenizer
+from toolrl_ray.errors import ConfigError, MissingDependency, UserError
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder with a configuration and a tokenizer: nothing more is looked at before a run."""
+    folder = tmp_path / "model"
+    LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=128).save_pretrained(folder)
+    save_tokenizer(make_tokenizer(128), folder)
+    return folder
+
+
+def check(*overrides: str) -> None:
+    preflight.check(recipe.load("calculator", overrides), in_process=True, learner=True)
+
+
+def test_a_run_that_fits_passes(model: Path) -> None:
+    check(f"policy.path={model}", "episode.max_context_tokens=128")
+    check()  # the tiny policy: there is no folder to look at yet
+
+
+def test_episodes_longer_than_the_model_can_read_are_refused_with_both_numbers(model: Path) -> None:
+    with pytest.raises(ConfigError, match=r"max_context_tokens=129 is more than the 128 positions .*; set episode.max_context_tokens=128"):
+        check(f"policy.path={model}", "episode.max_context_tokens=129")
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_with_its_length(model: Path) -> None:
+    with pytest.raises(ConfigError, match=r"max_context_tokens=64 leaves no room .*'generated/train/0' \(\d+ tokens, task.few_shot=4\)"):
+        check(f"policy.path={model}", "episode.max_context_tokens=64", "task.few_shot=4")
+
+
+def test_a_folder_without_a_tokenizer_is_one_line(model: Path) -> None:
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(UserError, match="no tokenizer in policy.path"):
+        check(f"policy.path={model}", "episode.max_context_tokens=128")
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LlamaConfig(max_position_embeddings=512), 512),
+        (GPT2Config(n_positions=256), 256),
+        (LlamaConfig(max_position_embeddings=512, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}), 2048),
+        (
+            LlamaConfig(
+                max_position_embeddings=2048,
+                rope_parameters={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 1e4},
+            ),
+            2048,
+        ),
+        (AutoConfig.for_model("mamba"), None),
+    ],
+)
+def test_the_positions_of_a_model_are_read_with_their_scaling(config, expected: int | None) -> None:
+    assert preflight.max_positions(config) == expected
+
+
+@pytest.mark.parametrize(
+    ("package", "needed"),
+    [("torch", (True, True)), ("ray", (False, True)), ("vllm", (False, True)), ("deepspeed", (False, True))],
+)
+def test_a_missing_package_is_told_with_its_install_line_where_it_is_needed(
+    monkeypatch: pytest.MonkeyPatch, package: str, needed: tuple[bool, bool]
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    for in_process, is_needed in zip((True, False), needed, strict=True):
+        if not is_needed:
+            preflight.check_packages(recipe.load("calculator"), in_process=in_process, learner=True)
+            continue
+        with pytest.raises(MissingDependency, match=rf"^{package} is not installed; pip install -e '.\[cpu\]'.*'.\[gpu\]'"):
+            preflight.check_packages(recipe.load("calculator"), in_process=in_process, learner=True)
+
+
+def test_the_machine_that_only_drives_a_cluster_needs_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    for package in ("vllm", "deepspeed"):
+        monkeypatch.setitem(sys.modules, package, None)
+    preflight.check_packages(recipe.load("calculator"), in_process=False, learner=True)
+
+
+def test_a_model_folder_whose_configuration_is_broken_is_one_line(model: Path) -> None:
+    (model / "config.json").write_text(json.dumps({"model_type": "no-such-model"}))
+    with pytest.raises(UserError) as raised:
+        check(f"policy.path={model}")
+    assert "\n" not in str(raised.value)

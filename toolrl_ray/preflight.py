@@ -1,0 +1,82 @@
+"""What can be wrong with a run before anything is started: packages, tools, tasks, the policy's folder, and what fits into it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+from toolrl_ray.config import RunConfig
+from toolrl_ray.errors import ConfigError, MissingDependency
+from toolrl_ray.types import Task
+
+STACK = frozenset({"torch", "transformers", "tokenizers", "safetensors", "ray", "vllm", "deepspeed", "numpy", "psutil"})
+NUM_PROMPTS = 4  # of each split, that are measured
+
+
+def check(config: RunConfig, *, in_process: bool, learner: bool) -> None:
+    """Raises UserError: the first thing that is wrong."""
+    from toolrl_ray.tasks.module import load_tasks
+    from toolrl_ray.tools.local import tool_factories
+
+    check_packages(config, in_process=in_process, learner=learner)
+    tool_factories(config.tools)
+    train, heldout = load_tasks(config.task)
+    if config.policy.path != "tiny":
+        check_context(config)
+        check_prompts(config, [*train[:NUM_PROMPTS], *heldout[:NUM_PROMPTS]])
+
+
+def check_packages(config: RunConfig, *, in_process: bool, learner: bool) -> None:
+    """On a cluster that is up (RAY_ADDRESS), its nodes have the engines; only a local Ray needs them here."""
+    needed = ["torch", "transformers"]
+    if not in_process:
+        needed.append("ray")
+        if not os.environ.get("RAY_ADDRESS"):
+            needed += ["vllm"] * (config.rollout.engine == "vllm") + ["deepspeed"] * learner
+    for package in needed:
+        if importlib.util.find_spec(package) is None:
+            raise not_installed(package)
+
+
+def not_installed(package: str) -> MissingDependency:
+    return MissingDependency(f"{package} is not installed; pip install -e '.[cpu]', or with GPUs pip install -e '.[gpu]'")
+
+
+def check_context(config: RunConfig) -> None:
+    """The policy can read episodes of the length that the recipe allows."""
+    from toolrl_ray.learner.model import load_config
+
+    longest = max_positions(load_config(config.policy.path))
+    if longest is not None and config.episode.max_context_tokens > longest:
+        raise ConfigError(
+            f"episode.max_context_tokens={config.episode.max_context_tokens} is more than the {longest} positions "
+            f"(max_position_embeddings) of policy.path={config.policy.path!r}; set episode.max_context_tokens={longest} or less"
+        )
+
+
+def max_positions(hf_config: Any) -> int | None:
+    """Tokens that a model can read, its scaled rotary positions included; None where its configuration does not tell."""
+    text = hf_config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    if longest and rope.get("rope_type", rope.get("type")) in ("linear", "dynamic", "yarn"):  # the others say it in the number itself
+        longest = max(longest, int((rope.get("original_max_position_embeddings") or longest) * rope.get("factor", 1)))
+    return longest
+
+
+def check_prompts(config: RunConfig, tasks: list[Task]) -> None:
+    """The first prompts leave room for an answer. Only for a policy in a folder: a Hub name's tokenizer would be a download."""
+    if not os.path.isdir(config.policy.path):
+        return
+    from toolrl_ray.rollout.load import load_codec
+    from toolrl_ray.tasks.module import task_module
+
+    codec, render_prompt = load_codec(config.policy.path), task_module(config.task).render_prompt
+    for task in tasks:
+        num_tokens = len(codec.encode_prompt(render_prompt(task, config.task.few_shot)))
+        if num_tokens >= config.episode.max_context_tokens:
+            raise ConfigError(
+                f"episode.max_context_tokens={config.episode.max_context_tokens} leaves no room after the prompt of task {task.id!r} "
+                f"({num_tokens} tokens, task.few_shot={config.task.few_shot}); set episode.max_context_tokens higher"
+            )
