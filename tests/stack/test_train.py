@@ -112,12 +112,14 @@ def test_a_death_on_the_rollout_side_costs_its_episodes_and_nothing_else(tmp_pat
         parts = cluster.ray_parts(settings, policy_dir, print)
         parts.rollout = Killer(parts.rollout)
         try:
-            Run(settings, tmp_path / "run", policy_dir, print).train(parts)
+            run = Run(settings, tmp_path / "run", policy_dir, print)
+            run.train(parts)
             processes = [p for p in psutil.Process().children(recursive=True) if p.name() != "wandb-core"]  # serves this process
         finally:
             parts.close()
     finally:
         cluster.disconnect()
+    run.close_tracker()
     assert parts.rollout.done == ["2", "3", "4"]
     check_run_folder(tmp_path / "run", 4, 48)
     metrics = lines(tmp_path / "run" / "metrics.jsonl")

@@ -17,12 +17,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from toolrl_ray.bootstrap.tokenizer import CHARACTERS
+from toolrl_ray.tasks.calculator import held_out
 from toolrl_ray.tasks.expressions import generated_expression, normalise
 from toolrl_ray.tasks.prompts import question, tool_answer, tool_call
 from tools_service.calculator import calculate
 from tools_service.protocol import ToolError
 
 MAX_CHARACTERS = 32  # of an expression
+LONG_CHARACTERS, LONG_SHARE = 14, 0.3  # what is longer is rare in GSM8K, and kept with this probability
 MAX_DECIMALS, MESSY_SHARE = 3, 0.15  # of results; what has more decimals is kept with this probability
 MAX_DRILL_CHARACTERS = 12
 REQUEST, RESULT = "<request>", "\n\nResult="
@@ -73,7 +75,9 @@ class Demonstrations:
     def _solve(self) -> Iterator[tuple[str, str]]:
         while True:
             expression = generated_expression(self._rng) if self._rng.random() < 0.5 else word_problem_expression(self._rng)
-            if len(expression) > MAX_CHARACTERS or normalise(expression) in self._heldout:
+            if len(expression) > MAX_CHARACTERS or normalise(expression) in self._heldout or held_out(expression):
+                continue
+            if len(expression) > LONG_CHARACTERS and self._rng.random() > LONG_SHARE:
                 continue
             try:
                 result = calculate(expression)

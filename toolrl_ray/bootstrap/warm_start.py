@@ -19,10 +19,9 @@ from toolrl_ray.config import BootstrapConfig
 
 DRILL_PHASE = 0.15  # of the steps, during which most rows are drills: copying emerges there
 DRILL_SHARE = 0.8
-EXERCISE_SHARE = 0.6  # of the rows that are not drills
+EXERCISE_SHARE = 0.75  # of the rows that are not drills
 WARMUP_STEPS = 50
 MAX_GRAD_NORM = 1.0
-MAX_THREADS = 2  # more only wait for one another on matrices this small
 REPORT_EVERY_S = 5.0
 
 
@@ -45,11 +44,8 @@ def warm_start(
         torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _lr_factor(step, config.num_steps)) for o in optimisers]
-    # The tensors are small: a second thread gains nothing, and waits for its turn by spinning where cores are shared.
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(min(threads, MAX_THREADS))
+    torch.set_num_threads(1)  # a second thread gains little on tensors this small, and spins for its turn where cores are shared
     model.train()
     started = reported = time.monotonic()
     for step in range(config.num_steps):

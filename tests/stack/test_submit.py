@@ -1,0 +1,99 @@
+"""`ray job submit` and `toolrl submit` on a head that is already up."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+BIN = Path(sys.executable).parent
+SMALL = "task.num_train=64 task.num_heldout=8 eval.num_tasks=8 bootstrap.num_steps=2 train.tasks_per_step=8 train.num_steps=1".split()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory):
+    """A Ray head with two CPUs and its dashboard, on loopback; yields (dashboard address, environment)."""
+    environment = dict(
+        os.environ, PATH=f"{BIN}:{os.environ['PATH']}", TOOLRL_CACHE=str(tmp_path_factory.mktemp("cache")), PYTHONUNBUFFERED="1"
+    )
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment.pop("RAY_ADDRESS", None)
+    folder = tempfile.mkdtemp(prefix="ray-")  # short: sockets have short names; of its own: another Ray here stays the current one
+    dashboard = free_port()
+    ports = {"port": free_port(), "dashboard-port": dashboard, "dashboard-agent-listen-port": free_port()}
+    command = [
+        BIN / "ray",
+        "start",
+        "--head",
+        "--block",
+        "--num-cpus=2",
+        "--node-ip-address=127.0.0.1",
+        "--dashboard-host=127.0.0.1",
+        f"--temp-dir={folder}",
+    ]
+    process = subprocess.Popen(
+        [*command, *(f"--{name}={port}" for name, port in ports.items())],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
+    )
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"{address}/api/jobs/", timeout=5).read()
+                break
+            except urllib.error.HTTPError:
+                break  # it answers, and wants Ray's token, which its own clients find
+            except OSError:
+                assert process.poll() is None and time.monotonic() < deadline, "the Ray head did not come up"
+                time.sleep(0.5)
+        yield address, environment
+    finally:
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        process.wait(timeout=60)
+        for left in psutil.wait_procs(started, timeout=20)[1]:
+            left.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_ray_job_submit_trains_on_a_cluster_that_is_up(head, tmp_path):
+    address, environment = head
+    run_dir = tmp_path / "run"
+    command = [BIN / "ray", "job", "submit", "--address", address, "--", "toolrl", "train", "calculator", f"run_dir={run_dir}", *SMALL]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert "connecting to the Ray cluster at" in done.stdout
+    assert "held-out accuracy" in done.stdout
+    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 1
+    assert {"before", "after"} <= set(json.loads((run_dir / "eval.json").read_text()))
+    assert (run_dir / "policy" / "model.safetensors").is_file()
+
+
+def test_toolrl_submit_says_within_seconds_what_the_cluster_lacks(head, tmp_path):
+    address, environment = head
+    command = [BIN / "toolrl", "submit", "calculator", "--address", address, f"run_dir={tmp_path / 'run'}", *SMALL, "rollout.num_actors=5"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "this cluster cannot hold the plan: 5.6 CPUs are needed (rollout 5, learner 0.5, tools 0.1) and 2 are there" in done.stdout
+    assert not (tmp_path / "run").exists()
