@@ -61,7 +61,6 @@ def warm_start(
             log(f"warm start: step {step + 1}/{config.num_steps}, loss {loss.item():.3f}, {now - started:.0f} s")
     model.eval()
     torch.set_num_threads(threads)
-    torch.set_num_threads(threads)
 
 
 def batch_loss(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
