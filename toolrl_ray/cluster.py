@@ -65,7 +65,7 @@ def ray_parts(config: RunConfig, policy_dir: str, say: Callable[[str], None], *,
 
         # The tools first: Serve is detached and would outlive this job, the actors would not.
         for what, undo in [
-            ("the tools", lambda: stop_tools(app_name)),
+            ("the tools", lambda: stop_tools(app_name, wait=False)),
             *((f"actor {actor}", lambda actor=actor: ray.kill(actor)) for actor in [*rollout_actors, *learners]),
             ("the placement group", lambda: ray.util.remove_placement_group(group)),
         ]:

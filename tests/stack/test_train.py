@@ -106,6 +106,7 @@ def test_a_death_on_the_rollout_side_costs_its_episodes_and_nothing_else(tmp_pat
     """kill -9 of a RolloutActor in mid-collection, of its engine-core process in mid-collection, of a RolloutActor without work."""
     overrides = [*SMALL, "train.num_steps=4", "train.tasks_per_step=48", "rollout.max_in_flight=8", "eval.num_tasks=4"]
     settings = recipe.load("calculator", overrides)
+    before = psutil.Process().children(recursive=True)
     cluster.connect(settings, print)
     try:
         policy_dir = str(ensure_tiny_policy(settings, print))
@@ -114,7 +115,7 @@ def test_a_death_on_the_rollout_side_costs_its_episodes_and_nothing_else(tmp_pat
         try:
             run = Run(settings, tmp_path / "run", policy_dir, print)
             run.train(parts)
-            processes = [p for p in psutil.Process().children(recursive=True) if p.name() != "wandb-core"]  # serves this process
+            processes = [p for p in psutil.Process().children(recursive=True) if p not in before and p.name() != "wandb-core"]
         finally:
             parts.close()
     finally:

@@ -37,11 +37,11 @@ def start_tools(config: ToolsConfig, app_name: str) -> None:
         raise PlacementError(f"{error}; lower tools.num_replicas or tools.num_cpus, or raise tools.start_timeout_s") from None
 
 
-def stop_tools(app_name: str) -> None:
-    """Removes the run's tools application and no other."""
+def stop_tools(app_name: str, *, wait: bool = True) -> None:
+    """Removes the run's tools application and no other. Without `wait` Serve drains it on its own."""
     from tools_service import serve_app
 
-    serve_app.shutdown(app_name, wait=False)
+    serve_app.shutdown(app_name, wait=wait)
 
 
 class ToolClient:
