@@ -7,6 +7,7 @@ Serve's HTTP proxy stays off: calls come through deployment handles.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -78,6 +79,8 @@ def start(
     """
     import ray
     from ray import serve
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its notices of every start and stop
 
     if not tools:
         raise ServiceError("no tool to serve")

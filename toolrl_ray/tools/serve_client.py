@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from typing import Any
 
 from toolrl_ray.config import ToolsConfig
@@ -23,7 +22,6 @@ def start_tools(config: ToolsConfig, app_name: str) -> None:
     from tools_service import serve_app
 
     factories = tool_factories(config)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve_app.start(
             factories,
