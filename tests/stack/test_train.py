@@ -127,7 +127,7 @@ def test_a_death_on_the_rollout_side_costs_its_episodes_and_nothing_else(tmp_pat
     assert [m["rollout/actor_restarts"] for m in metrics] == [0, 1, 2, 3]
     rerun = [m["rollout/episodes_rerun"] for m in metrics]
     assert rerun[0] == 0
-    assert all(1 <= more <= 8 for more in (rerun[1], rerun[2] - rerun[1]))  # those in flight on the actor, no more
+    assert all(1 <= more <= 16 for more in (rerun[1], rerun[2] - rerun[1]))  # those that the actor held, no more
     assert rerun[3] == rerun[2]
     episodes = [t.request.episode_id for _, t in load_trajectories(tmp_path / "run" / "trajectories.jsonl")]
     assert len(set(episodes)) == len(episodes) == 4 * 48

@@ -42,8 +42,8 @@ class RolloutActor:
             self._inbox = Inbox(EpisodeRunner(self._config, self._engine.generate, self._tools, codec))
             return os.getpid()
 
-    async def submit(self, requests: list[EpisodeRequest], temperature: float) -> None:
-        self._inbox.submit(requests, temperature)
+    async def submit(self, requests: list[EpisodeRequest], temperature: float, max_in_flight: int) -> None:
+        self._inbox.submit(requests, temperature, max_in_flight)
 
     async def take(self, max_wait_s: float) -> list[Outcome]:
         return await self._inbox.take(max_wait_s)

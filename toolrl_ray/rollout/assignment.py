@@ -24,6 +24,7 @@ class Outcome:
 
 class Assignment:
     def __init__(self, requests: list[EpisodeRequest], num_actors: int, max_in_flight: int, max_tries: int):
+        """max_in_flight: requests that one actor holds at once."""
         self._order = [request.episode_id for request in requests]
         if len(set(self._order)) != len(self._order):
             raise RolloutError("two requests of one collection share an episode id")

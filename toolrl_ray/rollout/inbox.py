@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 
 from toolrl_ray.rollout.assignment import Outcome
 from toolrl_ray.rollout.runner import EpisodeRunner
@@ -12,18 +13,34 @@ from toolrl_ray.types import EpisodeRequest
 log = logging.getLogger(__name__)
 
 
+LINGER_S = 0.02  # finished episodes are handed over together with those that finish so soon after
+
+
 class Inbox:
+    """At most `max_in_flight` episodes run at once; what was submitted beyond that starts as others finish, with no round trip."""
+
     def __init__(self, runner: EpisodeRunner):
         self._runner = runner
+        self._waiting: deque[tuple[EpisodeRequest, float]] = deque()
+        self._max_in_flight = 1
         self._running: set[asyncio.Task[None]] = set()
         self._finished: list[Outcome] = []
         self._some = asyncio.Event()
 
-    def submit(self, requests: list[EpisodeRequest], temperature: float) -> None:
-        for request in requests:
-            task = asyncio.create_task(self._run(request, temperature))
+    def submit(self, requests: list[EpisodeRequest], temperature: float, max_in_flight: int) -> None:
+        self._max_in_flight = max_in_flight
+        self._waiting.extend((request, temperature) for request in requests)
+        self._start()
+
+    def _start(self) -> None:
+        while self._waiting and len(self._running) < self._max_in_flight:
+            task = asyncio.create_task(self._run(*self._waiting.popleft()))
             self._running.add(task)
-            task.add_done_callback(self._running.discard)
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        self._start()
 
     async def take(self, max_wait_s: float) -> list[Outcome]:
         """Everything that has finished since the last call; waits for the first at most `max_wait_s`, then returns []."""
@@ -31,6 +48,8 @@ class Inbox:
             await asyncio.wait_for(self._some.wait(), max_wait_s)
         except TimeoutError:
             return []
+        if self._running:
+            await asyncio.sleep(LINGER_S)
         finished, self._finished = self._finished, []
         self._some.clear()
         return finished

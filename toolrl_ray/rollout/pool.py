@@ -22,6 +22,7 @@ from toolrl_ray.types import EpisodeRequest, Trajectory
 
 log = logging.getLogger(__name__)
 TAKE_WAIT_S = 2.0
+AHEAD = 2  # an actor is given so many times what it runs at once, so that it never waits for this process
 UNRESPONSIVE_S = 120.0  # a process that does not answer `take` for so long is killed and replaced
 MAX_RESTARTS_IN_A_ROW = 3  # of one actor, with no episode finished in between
 
@@ -84,14 +85,15 @@ class RolloutPool:
         Raises RolloutError when rollout.collect_timeout_s is over, or when actors keep dying.
         """
         rollout = self._config.rollout
-        book = Assignment(requests, len(self._actors), max_in_flight or rollout.max_in_flight, rollout.max_tries)
+        in_flight = max_in_flight or rollout.max_in_flight
+        book = Assignment(requests, len(self._actors), AHEAD * in_flight, rollout.max_tries)
         for index, _ in self._starts.values():
             book.lost(index, "still starting")
         deadline = time.monotonic() + rollout.collect_timeout_s
         while not book.done:
             if time.monotonic() > deadline:
                 raise RolloutError(f"no full batch within {rollout.collect_timeout_s:g} s (rollout.collect_timeout_s): {book.describe()}")
-            self._hand_out(book, temperature)
+            self._hand_out(book, temperature, in_flight)
             ready, _ = ray.wait([*self._takes, *self._starts], num_returns=1, timeout=TAKE_WAIT_S)
             for ref in ready:
                 if ref in self._starts:
@@ -102,11 +104,11 @@ class RolloutPool:
         self.num_rerun += book.num_rerun
         return book.trajectories()
 
-    def _hand_out(self, book: Assignment, temperature: float) -> None:
+    def _hand_out(self, book: Assignment, temperature: float, in_flight: int) -> None:
         asked = {index for index, _ in self._takes.values()}
         for index, actor in enumerate(self._actors):
             if requests := book.next_for(index):
-                actor.submit.remote(requests, temperature)  # a death in between shows in `take`
+                actor.submit.remote(requests, temperature, in_flight)  # a death in between shows in `take`
             if book.num_running(index) and index not in asked:
                 self._takes[actor.take.remote(TAKE_WAIT_S)] = (index, time.monotonic())
 
