@@ -23,19 +23,19 @@ from toolrl_ray.cli import say
 from toolrl_ray.driver import requests_for
 from toolrl_ray.rollout import actor as rollout_actor
 from toolrl_ray.tasks.module import task_module
-from toolrl_ray.types import SegmentKind, Trajectory
+from toolrl_ray.types import SamplingParams, SegmentKind, Trajectory
 
 
 class BenchActor(rollout_actor.RolloutActor):
     async def bare(self, jobs: list[tuple[list[int], int]], in_flight: int) -> float:
         """Seconds for all (prompt, number of tokens) jobs on the engine alone."""
-        from vllm import SamplingParams
+        from vllm import SamplingParams as VLLMSamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         room = asyncio.Semaphore(in_flight)
 
         async def one(prompt: list[int], num_tokens: int) -> None:
-            params = SamplingParams(
+            params = VLLMSamplingParams(
                 temperature=1.0, max_tokens=num_tokens, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
             )
             async with room:
@@ -46,6 +46,19 @@ class BenchActor(rollout_actor.RolloutActor):
         started = time.perf_counter()
         await asyncio.gather(*(one(*job) for job in jobs))
         return time.perf_counter() - started
+
+    async def as_sampled(self, jobs: list[tuple[list[int], int]], in_flight: int) -> tuple[int, float]:
+        """(tokens, seconds) of the same jobs with stop strings and logprobs, as the episodes need them, but without episodes."""
+        room = asyncio.Semaphore(in_flight)
+
+        async def one(prompt: list[int], num_tokens: int) -> int:
+            async with room:
+                return len((await self._engine.generate(prompt, SamplingParams(1.0, num_tokens, ("<never>", "<never more>")))).token_ids)
+
+        await self.reset()
+        started = time.perf_counter()
+        counts = await asyncio.gather(*(one(*job) for job in jobs))
+        return sum(counts), time.perf_counter() - started
 
     async def reset(self) -> None:
         await self._engine._llm.reset_prefix_cache()
@@ -90,15 +103,18 @@ def measure(config, parts, options) -> None:
         rollout_s = time.perf_counter() - started
         jobs = [job for trajectory in trajectories for job in turns(trajectory)]
         bare_s = ray.get(actor.bare.remote(jobs, options.in_flight), timeout=600)
+        sampled_tokens, sampled_s = ray.get(actor.as_sampled.remote(jobs, options.in_flight), timeout=600)
         tokens = sum(n for _, n in jobs)
         calls = sum(len(t.tool_calls) for t in trajectories)
         if i:  # the first round warms both sides up
-            rows.append((tokens / rollout_s, tokens / bare_s))
-            print(f"round {i}: {tokens} tokens, {calls} calls; rollout {rows[-1][0]:,.0f} tok/s, bare {rows[-1][1]:,.0f} tok/s", flush=True)
-    ratio = statistics.median(rollout / bare for rollout, bare in rows)
-    rollout, bare = (statistics.median(column) for column in zip(*rows, strict=True))
-    print(f"rollout {rollout:,.0f} tok/s, bare AsyncLLM {bare:,.0f} tok/s (medians)")
-    print(f"ratio {ratio:.2f} (median of {len(rows)} rounds; goal 0.85)")
+            rows.append((tokens / rollout_s, tokens / bare_s, sampled_tokens / sampled_s))
+            print(f"round {i}: {tokens} tokens, {len(jobs)} turns, {calls} calls; tok/s: rollout {rows[-1][0]:,.0f}, bare {rows[-1][1]:,.0f}, "
+                  f"with stop strings and logprobs {rows[-1][2]:,.0f}", flush=True)  # fmt: skip
+    ratio = statistics.median(rollout / bare for rollout, bare, _ in rows)
+    own = statistics.median(rollout / sampled for rollout, _, sampled in rows)
+    rollout, bare, sampled = (statistics.median(column) for column in zip(*rows, strict=True))
+    print(f"medians, tok/s: rollout {rollout:,.0f}, bare AsyncLLM {bare:,.0f}, with stop strings and logprobs {sampled:,.0f}")
+    print(f"ratio to bare {ratio:.2f} (goal 0.85), to the engine with stop strings and logprobs {own:.2f} (medians of {len(rows)} rounds)")
     syncs = sorted(parts.weights.sync(i + 1)["time/weight_sync_s"] * 1e3 for i in range(options.syncs))
     print(f"weight sync: median {statistics.median(syncs):.0f} ms, worst {syncs[-1]:.0f} ms of {len(syncs)} (goal 100 ms)")
 
