@@ -95,6 +95,7 @@ def main() -> None:
 def measure(config, parts, options) -> None:
     tasks = task_module(config.task).load_tasks(config.task)[0][: options.episodes]
     [actor] = parts.rollout._actors
+    print("tok/s of: rollout, bare AsyncLLM, the engine with stop strings and logprobs")
     rows = []
     for i in range(options.rounds + 1):
         ray.get(actor.reset.remote(), timeout=60)
@@ -108,8 +109,8 @@ def measure(config, parts, options) -> None:
         calls = sum(len(t.tool_calls) for t in trajectories)
         if i:  # the first round warms both sides up
             rows.append((tokens / rollout_s, tokens / bare_s, sampled_tokens / sampled_s))
-            print(f"round {i}: {tokens} tokens, {len(jobs)} turns, {calls} calls; tok/s: rollout {rows[-1][0]:,.0f}, bare {rows[-1][1]:,.0f}, "
-                  f"with stop strings and logprobs {rows[-1][2]:,.0f}", flush=True)  # fmt: skip
+            speeds = ", ".join(f"{speed:,.0f}" for speed in rows[-1])
+            print(f"round {i}: {tokens} tokens, {len(jobs)} turns, {calls} calls; tok/s: {speeds}", flush=True)
     ratio = statistics.median(rollout / bare for rollout, bare, _ in rows)
     own = statistics.median(rollout / sampled for rollout, _, sampled in rows)
     rollout, bare, sampled = (statistics.median(column) for column in zip(*rows, strict=True))
