@@ -125,7 +125,8 @@ class _Episode:
         budget_s = min(self.limits.turn_deadline_s, self.left_s())
         try:
             # A copy: the engine may keep what it is given, and the ledger grows.
-            completion = await asyncio.wait_for(self.generate(list(self.ledger.token_ids), params), budget_s)
+            async with asyncio.timeout(budget_s):
+                completion = await self.generate(list(self.ledger.token_ids), params)
         except TimeoutError:
             return self.ledger.finish(StopReason.TURN_DEADLINE if self.left_s() > 0 else StopReason.EPISODE_DEADLINE)
         self.num_turns += 1
@@ -162,7 +163,8 @@ class _Episode:
         budget_s = min(self.limits.tool_deadline_s, self.left_s())
         started = time.monotonic()
         try:
-            return await asyncio.wait_for(self.call_tool(ToolCall(call.tool, call.argument, budget_s)), budget_s)
+            async with asyncio.timeout(budget_s):
+                return await self.call_tool(ToolCall(call.tool, call.argument, budget_s))
         except TimeoutError:
             return ToolResult(ToolStatus.TIMEOUT, f"no answer within {budget_s:.3g} s", time.monotonic() - started)
         except Exception as error:  # the harness, not the tool: shown as UNAVAILABLE, with no text of ours

@@ -13,7 +13,7 @@ from toolrl_ray.types import EpisodeRequest
 log = logging.getLogger(__name__)
 
 
-LINGER_S = 0.02  # finished episodes are handed over together with those that finish so soon after
+LINGER_S = 0.1  # finished episodes are handed over together with those that finish so soon after: a message costs both sides
 
 
 class Inbox:

@@ -4,8 +4,9 @@ caching, and weights taken up while it runs.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
-import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,7 @@ class VLLMEngine:
         from vllm.config import WeightTransferConfig
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        _leave_logprobs_undecoded()
         self._version = policy_version
         self._on_death = on_death
         self._update_open = False
@@ -64,6 +66,7 @@ class VLLMEngine:
             seed=config.seed,
         )
         self._llm = AsyncLLM.from_engine_args(args)
+        self._ids = itertools.count()
 
     async def ready(self, policy_version: int) -> None:
         await self._llm.update_weight_version(str(policy_version))
@@ -74,23 +77,11 @@ class VLLMEngine:
             raise RolloutError("vLLM's engine-core process is dead")
 
     async def generate(self, token_ids: list[int], params: SamplingParams) -> Completion:
-        from vllm import SamplingParams as VLLMSamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        # No per-request seed: on CPU a batch that loses a seeded request can kill the engine.
-        sampling = VLLMSamplingParams(
-            temperature=params.temperature,
-            max_tokens=params.max_tokens,
-            stop=list(params.stop),
-            include_stop_str_in_output=True,
-            skip_special_tokens=False,
-            logprobs=0,  # of the sampled token alone
-            flat_logprobs=True,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
         final: Any = None
         try:
-            async for output in self._llm.generate({"prompt_token_ids": token_ids}, sampling, uuid.uuid4().hex):
+            # Marked as tokens, the prompt is not sent through vLLM's tokenizer threads.
+            prompt = {"type": "token", "prompt_token_ids": token_ids}
+            async for output in self._llm.generate(prompt, _sampling(params), str(next(self._ids))):
                 final = output
         except Exception:
             await self.check_alive()
@@ -105,7 +96,7 @@ class VLLMEngine:
 
         sampling = VLLMSamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
         final: Any = None
-        async for output in self._llm.generate({"prompt_token_ids": token_ids}, sampling, uuid.uuid4().hex):
+        async for output in self._llm.generate({"prompt_token_ids": token_ids}, sampling, str(next(self._ids))):
             final = output
         return [entry[token].logprob for entry, token in zip(final.prompt_logprobs[1:], token_ids[1:], strict=True)]
 
@@ -148,6 +139,36 @@ class VLLMEngine:
 
     def shutdown(self) -> None:
         self._llm.shutdown()
+
+
+def _leave_logprobs_undecoded() -> None:
+    """vLLM decodes every sampled token once more by itself, to name its logprob; nobody reads that here, and it is the
+    largest single cost of this process. vLLM has no option for it while stop strings are on."""
+    from vllm.v1.engine.logprobs import LogprobsProcessor
+
+    if "toolrl" not in vars(LogprobsProcessor):
+        make = LogprobsProcessor.from_new_request
+        LogprobsProcessor.from_new_request = lambda tokenizer, request: make(None, request)
+        LogprobsProcessor.toolrl = True
+
+
+@functools.lru_cache(maxsize=1024)  # vLLM checks every field of a new one, and most turns are sampled alike
+def _sampling(params: SamplingParams) -> Any:
+    from vllm import SamplingParams as VLLMSamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    # No per-request seed: on CPU a batch that loses a seeded request can kill the engine.
+    return VLLMSamplingParams(
+        temperature=params.temperature,
+        max_tokens=params.max_tokens,
+        stop=list(params.stop),
+        include_stop_str_in_output=True,
+        skip_special_tokens=False,
+        logprobs=0,  # of the sampled token alone
+        flat_logprobs=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        skip_clone=True,
+    )
 
 
 def _completion(output: Any, current_version: int) -> Completion:

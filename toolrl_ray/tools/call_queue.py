@@ -27,7 +27,7 @@ from tools_service.runner import ToolInfo
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-BATCHES_IN_FLIGHT = 4  # per tool: one that runs, others on the wire; more would only make the batches smaller
+BATCHES_IN_FLIGHT = 2  # per tool: one that runs, others on the wire; more would only make the batches smaller
 SLOW_S = 0.2  # after which a request no longer holds a slot of the batches; more than the service takes to break a batch up
 MAX_TRIES = 3
 BACKOFF_S = 0.1  # before try n+1: 2**n times this, times a random factor in [0.5, 1.5)
