@@ -28,13 +28,17 @@ class ToolCall:
     """One request to one tool.
 
     tool: the name under which the tool is served.
-    argument: the raw text between the call markers.
+    argument: the raw text between the call markers; for a tool with several parameters, a JSON object.
     deadline_s: seconds from now after which the caller no longer waits.
+    session: calls of one episode to a tool that keeps state share it; None for a call on its own.
+    seed: of whatever the tool draws at random, so that a call can be repeated.
     """
 
     tool: str
     argument: str
     deadline_s: float = 10.0
+    session: str | None = None
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -54,14 +58,33 @@ class ToolResult:
 
 
 class Tool(Protocol):
-    """A tool as the service runs it. `__call__` may raise `ToolError`; anything else it raises is reported as TOOL_ERROR
-    with the exception's class name, and never reaches another caller."""
+    """A tool as the service runs it, in a thread. `__call__` may raise `ToolError`; anything else it raises is reported as
+    TOOL_ERROR with the exception's class name, and never reaches another caller.
+
+    Optional attributes: `parameters` (JSON schema of its arguments, an object; default: one string), `probe` (an argument that
+    it must answer with OK: the health check), `max_batch` (see ToolInfo), `cacheable` (same argument, same answer).
+    """
 
     name: str
     description: str
     idempotent: bool  # may be run again when a replica dies in mid-call
 
     def __call__(self, argument: str) -> str: ...
+
+
+class AsyncTool(Protocol):
+    """A tool that minds deadlines and cancellation itself: it must end the call when its task is cancelled, and return by
+    `call.deadline_s`. It never raises but for that cancellation.
+
+    Instead of `call` it may offer `call_many(calls) -> results`, in the same order, with `max_batch` above 1. Optional beyond
+    those of `Tool`: `async end_session(session)`, `stats() -> dict[str, float]`, `async close()`.
+    """
+
+    name: str
+    description: str
+    idempotent: bool
+
+    async def call(self, call: ToolCall) -> ToolResult: ...
 
 
 class ToolError(Exception):
