@@ -8,7 +8,7 @@ import signal
 import threading
 import uuid
 from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from typing import Any
 
 from toolrl_ray.config import LearnerConfig, RolloutConfig, RunConfig
@@ -121,14 +121,22 @@ def _where(group: Any, bundle: int, share: RolloutConfig | LearnerConfig) -> dic
 
 
 def _all_at_once(jobs: list[Callable[[], Any]]) -> None:
-    """Run the jobs in threads; the first failure is raised at once. Each job has a deadline of its own."""
-    threads = ThreadPoolExecutor(len(jobs))
-    try:
-        futures = [threads.submit(job) for job in jobs]
-        for future in wait(futures, return_when=FIRST_EXCEPTION).done:
-            future.result(timeout=0)
-    finally:
-        threads.shutdown(wait=False)  # after a failure the others end with the actors that they wait for
+    """Run the jobs in threads; the first failure is raised at once. Each job has a deadline of its own.
+
+    The threads are daemons: after a failure or Ctrl-C one may wait for a cluster that is gone, and must not hold up the exit.
+    """
+    futures: list[Future[Any]] = [Future() for _ in jobs]
+
+    def run(job: Callable[[], Any], future: Future[Any]) -> None:
+        try:
+            future.set_result(job())
+        except BaseException as error:
+            future.set_exception(error)
+
+    for job, future in zip(jobs, futures, strict=True):
+        threading.Thread(target=run, args=(job, future), daemon=True).start()
+    for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+        future.result(timeout=0)
 
 
 def disconnect() -> None:

@@ -1,0 +1,57 @@
+"""Ctrl-C and SIGTERM end `toolrl train` soon, whatever it is doing, and nothing stays behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+SMALL = ["task.num_train=256", "task.num_heldout=8", "eval.num_tasks=8", "bootstrap.num_steps=20", "train.tasks_per_step=16"]
+
+
+@pytest.mark.parametrize(
+    ("awaited", "sent", "code", "word", "keeps_folder"),
+    [
+        ("starting 1 x vllm", signal.SIGINT, 130, "interrupted", False),  # engine, learner and Serve are in mid-start
+        ("step   2/", signal.SIGTERM, 143, "terminated", True),
+    ],
+    ids=["ctrl-c-at-start", "sigterm-in-training"],
+)
+def test_an_interrupted_run_ends_soon_and_leaves_no_process(tmp_path: Path, awaited, sent, code, word, keeps_folder) -> None:
+    run_dir = tmp_path / "run"
+    environment = {**os.environ, "TOOLRL_CACHE": str(tmp_path / "cache"), "PYTHONUNBUFFERED": "1"}
+    environment.pop("RAY_ADDRESS", None)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "toolrl_ray.cli", "train", "calculator", f"run_dir={run_dir}", *SMALL, "train.num_steps=100"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,  # its own process group, as in a terminal of its own
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job starts with it ignored
+    )
+    try:
+        seen = []
+        for line in process.stdout:
+            seen.append(line)
+            if awaited in line:
+                break
+        assert awaited in seen[-1], "".join(seen)
+        time.sleep(1)
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert family
+        os.killpg(process.pid, sent) if sent == signal.SIGINT else process.send_signal(sent)
+        rest, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code, rest
+    assert f"toolrl: {word}" in rest and "Traceback" not in rest
+    _, left = psutil.wait_procs(family, timeout=30)
+    assert [p for p in left if p.name() != "wandb-core"] == []
+    assert run_dir.exists() == keeps_folder
