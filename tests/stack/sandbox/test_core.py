@@ -1,0 +1,414 @@
+"""The python sandbox: one test per limit, named after its outcome, and what must hold whatever a snippet does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import uvloop
+from stack.sandbox.core_helpers import ISOLATIONS, alive, descendants, gone, sandbox
+
+from tools_service.sandbox.limits import MIB
+from tools_service.sandbox.owner import Limits, Sandbox, SandboxStatus
+from tools_service.sandbox.probe import probe
+
+ROOT = Path(__file__).resolve().parents[3]
+QUICK = Limits(wall_s=2.0)
+pytestmark = pytest.mark.parametrize("isolation", ISOLATIONS)
+
+
+async def test_prints_and_results_come_back(isolation: str) -> None:
+    async with sandbox(isolation) as box:
+        outcome = await box.run("import sys\nprint('a')\nprint('b', file=sys.stderr)\nprint('c')")
+        assert (outcome.status, outcome.output, outcome.truncated) == (SandboxStatus.OK, "a\nb\nc\n", False)
+        assert isolation in box.tier
+
+
+async def test_endless_loop_is_timeout_and_keeps_what_was_printed(isolation: str) -> None:
+    async with sandbox(isolation) as box:
+        outcome = await box.run("print('before', end='')\nwhile True: pass", wall_s=0.3)
+        assert (outcome.status, outcome.output) == (SandboxStatus.TIMEOUT, "before")
+        assert 0.3 <= outcome.wall_s < 1.5
+        assert await gone({pid for pid in descendants(box.zygote_pid) if pid not in ready_pids(box)})
+
+
+def ready_pids(box: Sandbox) -> set[int]:
+    """Children that wait for code, as this process sees them."""
+    pids = set()
+    for child in box._ready:
+        with open(f"/proc/self/fdinfo/{child._pidfd}") as file:
+            pids |= {int(line.split()[1]) for line in file if line.startswith("Pid:")}
+    return pids
+
+
+async def test_cpu_beyond_its_limit_is_cpu_limit(isolation: str) -> None:
+    async with sandbox(isolation, Limits(wall_s=10.0, cpu_s=1.0)) as box:
+        assert (await box.run("while True: pass")).status is SandboxStatus.CPU_LIMIT
+        stubborn = "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass"
+        assert (await box.run(stubborn)).status is SandboxStatus.CPU_LIMIT
+
+
+async def test_memory_beyond_its_limit_is_memory_limit(isolation: str) -> None:
+    async with sandbox(isolation, Limits(memory_bytes=64 * MIB)) as box:
+        outcome = await box.run("print('x')\nkeep = []\nwhile True: keep.append(bytearray(1 << 20))")
+        assert outcome.status is SandboxStatus.MEMORY_LIMIT
+        assert outcome.output.startswith("x\n") and "MemoryError" in outcome.output
+        assert (await box.run("a = bytearray(32 << 20)\nprint(len(a))")).output == f"{32 << 20}\n"
+
+
+async def test_endless_output_is_output_limit_and_cut_at_it(isolation: str) -> None:
+    async with sandbox(isolation, Limits(max_output_bytes=1000)) as box:
+        outcome = await box.run("while True: print('ä' * 99)")
+        assert outcome.status is SandboxStatus.OUTPUT_LIMIT and outcome.truncated
+        assert 990 <= len(outcome.output.encode()) <= 1000
+        outcome = await box.run("import os\nos.write(1, b'\\xff' * 900)")
+        assert outcome.status is SandboxStatus.OK and len(outcome.output.encode()) <= 1000
+
+
+async def test_threads_beyond_their_limit_are_refused(isolation: str) -> None:
+    code = (
+        "import threading, time\nthreading.stack_size(32768)\nn = 0\ntry:\n    while n < 500:\n"
+        "        threading.Thread(target=time.sleep, args=(9,), daemon=True).start(); n += 1\nexcept RuntimeError: print('refused', n)"
+    )
+    async with sandbox(isolation, Limits(max_threads=5)) as box:
+        assert (await box.run(code)).output == "refused 4\n"
+        one_by_one = "import threading\nfor i in range(50):\n    t = threading.Thread(target=int); t.start(); t.join()\nprint('done')"
+        assert (await box.run(one_by_one)).output == "done\n"
+
+
+async def test_files_beyond_their_limits_are_refused(isolation: str) -> None:
+    async with sandbox(isolation, Limits(max_files=7, max_file_bytes=1000, max_open_files=20)) as box:
+        many = "n = 0\ntry:\n    while True: open(f'f{n}', 'w').close(); n += 1\nexcept OSError as e: print(n, e.errno)"
+        assert (await box.run(many)).output == "7 122\n"
+        deleted = "import os\nn = 0\ntry:\n    while True: open('f', 'w').close(); os.unlink('f'); n += 1\nexcept OSError: print(n)"
+        assert (await box.run(deleted)).output == "7\n"
+        big = "f = open('f', 'wb', buffering=0)\ntry:\n    while True: f.write(b'x' * 600)\nexcept OSError: print(f.tell())"
+        assert (await box.run(big)).output == "1000\n"
+        opened = "keep = []\ntry:\n    while True: keep.append(open('/dev/null'))\nexcept OSError: print(len(keep) <= 17)"
+        assert (await box.run(opened)).output == "True\n"
+
+
+async def test_segfault_is_crashed_and_exit_codes_are_told_apart(isolation: str) -> None:
+    async with sandbox(isolation, QUICK) as box:
+        outcome = await box.run("print('partial')\nimport ctypes; ctypes.string_at(0)")
+        assert (outcome.status, outcome.output) == (SandboxStatus.CRASHED, "partial\n")
+        for code, status in (
+            ("import sys; sys.exit(0)", SandboxStatus.OK),
+            ("import sys; sys.exit()", SandboxStatus.OK),
+            ("import sys; sys.exit(3)", SandboxStatus.ERROR),
+            ("import os; os._exit(0)", SandboxStatus.OK),
+            ("import os; os._exit(9)", SandboxStatus.ERROR),
+            ("import os; os.kill(os.getpid(), 9)", SandboxStatus.CRASHED),
+        ):
+            assert (await box.run(code)).status is status, code
+
+
+async def test_what_cannot_be_code_is_bad_request(isolation: str) -> None:
+    async with sandbox(isolation, Limits(max_code_bytes=100)) as box:
+        for code in ("print('\ud800')", "a = 1\0", "x" * 101):
+            assert (await box.run(code)).status is SandboxStatus.BAD_REQUEST
+        assert (await box.run("#" * 100)).status is SandboxStatus.OK
+
+
+async def test_traceback_shows_the_snippet_and_nothing_else(isolation: str) -> None:
+    async with sandbox(isolation) as box:
+        outcome = await box.run("def f(x):\n    return 1 / x\nf(0)")
+        assert outcome.status is SandboxStatus.ERROR
+        assert "return 1 / x" in outcome.output and "ZeroDivisionError" in outcome.output
+        assert outcome.output.count("File ") == 2 and "child.py" not in outcome.output
+        outcome = await box.run("x = (1,\n  2")
+        assert outcome.status is SandboxStatus.ERROR and "SyntaxError" in outcome.output and "child.py" not in outcome.output
+
+
+async def test_same_seed_same_numbers_and_no_seed_others(isolation: str) -> None:
+    code = "import random, numpy\nprint(random.random(), numpy.random.rand(), hash('a'), list({'p', 'q', 'r'}))"
+    async with sandbox(isolation, preload=("random", "numpy.random")) as box:
+        first, again, other, free, freer = [await box.run(code, seed=seed) for seed in (7, 7, 8, None, None)]
+        assert first.status is SandboxStatus.OK, first.output
+        assert first.output == again.output
+        assert len({outcome.output for outcome in (first, other, free, freer)}) == 4
+
+
+async def test_two_snippets_see_nothing_of_each_other(isolation: str) -> None:
+    look = (
+        "import os, sys\ntry: up = os.listdir('..')\nexcept OSError: up = []\n"
+        "print(os.listdir('.'), up, dict(os.environ), hasattr(sys, 'left'), 'left' in globals())"
+    )
+    leave = "import os, sys\nleft = sys.left = 1\nos.environ['left'] = '1'\nopen('left', 'w').write('x')\nos.mkdir('d'); open('d/e', 'w')"
+    async with sandbox(isolation, num_ahead=1) as box:
+        waiting = asyncio.create_task(box.run(leave + "\nimport time; time.sleep(1)"))
+        await asyncio.sleep(0.3)
+        assert (await box.run(look)).output == "[] [] {} False False\n"
+        assert (await waiting).status is SandboxStatus.OK
+        assert (await box.run(look)).output == "[] [] {} False False\n"
+
+
+async def test_session_keeps_variables_to_itself(isolation: str) -> None:
+    async with sandbox(isolation) as box:
+        one, two = await box.open_session(), await box.open_session()
+        await one.run("x = 41\nimport random")
+        assert (await one.run("x += 1; print(x)")).output == "42\n"
+        assert (await two.run("print(x)")).status is SandboxStatus.ERROR
+        failed = await one.run("def g():\n    raise KeyError(x)\ng()")
+        assert failed.status is SandboxStatus.ERROR and "raise KeyError(x)" in failed.output
+        drawn = [(await one.run("print(random.random())", seed=5)).output for _ in range(2)]
+        assert drawn[0] == drawn[1] != (await one.run("print(random.random())")).output
+        before = descendants(box.zygote_pid)
+        await one.close()
+        await two.close()
+        assert await gone(before - ready_pids(box))
+        assert (await one.run("1")).status is SandboxStatus.UNAVAILABLE
+
+
+async def test_session_starts_afresh_after_a_limit_and_says_so(isolation: str) -> None:
+    async with sandbox(isolation, Limits(wall_s=2.0, cpu_s=1.0)) as box:
+        session = await box.open_session()
+        busy = "import time\nt = time.process_time()\nwhile time.process_time() < t + 0.6: pass\nx = 1"
+        for _ in range(3):  # each run has the CPU limit to itself
+            assert (await session.run(busy)).status is SandboxStatus.OK
+        assert (await session.run("while True: pass", wall_s=0.2)).status is SandboxStatus.TIMEOUT
+        outcome = await session.run("print('x' in globals())")
+        assert outcome.status is SandboxStatus.OK and outcome.output.endswith("gone]\nFalse\n")
+        await session.close()
+
+
+async def test_session_is_at_rest_between_its_turns(isolation: str) -> None:
+    count = "import threading\nn = 0\ndef f():\n    global n\n    while True: n += 1\nthreading.Thread(target=f, daemon=True).start()"
+    async with sandbox(isolation, QUICK) as box:
+        session = await box.open_session()
+        await session.run(count)
+        first = int((await session.run("print(n)")).output)
+        await asyncio.sleep(0.5)
+        second = int((await session.run("print(n)")).output)
+        assert second - first < 4_000_000  # half a second of counting is more than ten times as much
+        await session.close()
+
+
+async def test_session_that_forges_its_answers_harms_only_itself(isolation: str) -> None:
+    forgeries = ["b'\\0'", "b'\\x07'", "b'\\0' * 100000", "bytes(range(256)) * 20", "b'{\"status\": \"ok\"}'"]
+    async with sandbox(isolation, QUICK) as box:
+        for forgery in forgeries:
+            session, bystander = await box.open_session(), await box.open_session()
+            await bystander.run("y = 3")
+            outcome = await session.run(f"import os\nos.set_blocking(3, False)\nos.write(3, {forgery})", wall_s=0.5)
+            assert outcome.status in (SandboxStatus.OK, SandboxStatus.CRASHED)
+            assert (await session.run("print(6 * 7)", wall_s=0.5)).status in tuple(SandboxStatus)
+            assert (await bystander.run("print(y)")).output == "3\n"
+            for code in ("import os; os.close(3)", "import os; os.read(3, 9)", "import socket; socket.socket(fileno=3).shutdown(2)"):
+                assert (await session.run(code, wall_s=0.3)).status is not SandboxStatus.UNAVAILABLE, code
+            await session.close()
+            await bystander.close()
+        assert (await box.run("print(1)")).output == "1\n"
+        assert box.num_restarts == 0
+
+
+async def test_malformed_messages_from_inside_a_snippet_reach_nobody(isolation: str) -> None:
+    """Whatever is written to whatever descriptor: only output, and the fork server's own objects are dead copies."""
+    fuzz = """
+import os, sys, gc, socket, struct, random
+random.seed({seed})
+for fd in (*range(0, 300), 1023, 4095):
+    for kind in range(3):
+        ended = b'X' + struct.pack('<IiQ', random.randrange(9), 0, 0)
+        data = random.choice([b'f', b's', b'', b'R' + os.urandom(5), ended, b'E', os.urandom(99)])
+        if fd in (1, 2): continue
+        try: os.write(fd, data)
+        except OSError: pass
+        else: print('WROTE', fd)
+frame = sys._getframe()
+while frame.f_back: frame = frame.f_back
+for thing in [o for o in gc.get_objects() if isinstance(o, socket.socket) or type(o).__name__ in ('Server', 'Child', 'Supervisor')]:
+    for name in ('fork_child', 'shut_down', 'on_request', 'answer', 'send', 'report'):
+        for arguments in ((), (b'X' * 17,), (False,)):
+            if name == 'shut_down': continue
+            try: getattr(thing, name)(*arguments)
+            except BaseException as e: pass
+print('survived')
+"""
+    async with sandbox(isolation, QUICK) as box:
+        zygote = box.zygote_pid
+        for seed in range(8):
+            fuzzed, bystander = await asyncio.gather(box.run(fuzz.format(seed=seed)), box.run("print('fine')"))
+            assert fuzzed.output == "survived\n", fuzzed
+            assert (bystander.status, bystander.output) == (SandboxStatus.OK, "fine\n")
+        assert (box.zygote_pid, box.num_restarts) == (zygote, 0)
+
+
+async def test_cancelling_kills_the_snippet(isolation: str) -> None:
+    async with sandbox(isolation) as box:
+        running = asyncio.create_task(box.run("while True: pass"))
+        await asyncio.sleep(0.3)
+        before = descendants(box.zygote_pid) - ready_pids(box)
+        assert before
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+        assert await gone(before, within_s=0.5)
+        session = await box.open_session()
+        running = asyncio.create_task(session.run("while True: pass"))
+        await asyncio.sleep(0.2)
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+        assert (await session.run("print(2)")).output.endswith("2\n")
+
+
+async def test_fork_server_killed_in_mid_flight_is_replaced(isolation: str) -> None:
+    async with sandbox(isolation, QUICK) as box:
+        session = await box.open_session()
+        await session.run("x = 1")
+        running = [asyncio.create_task(box.run("import time; time.sleep(1); print('late')")) for _ in range(3)]
+        await asyncio.sleep(0.4)
+        below = descendants(box.zygote_pid)
+        os.kill(box.zygote_pid, signal.SIGKILL)
+        await asyncio.sleep(0.05)  # what is handed to a child that lives for another moment may begin
+        after = [await box.run(f"print({i})") for i in range(3)]
+        assert [(outcome.status, outcome.output) for outcome in after] == [(SandboxStatus.OK, f"{i}\n") for i in range(3)]
+        assert {outcome.status for outcome in await asyncio.gather(*running)} == {SandboxStatus.UNAVAILABLE}
+        assert box.num_restarts == 1
+        assert await gone(below)
+        assert (await session.run("print('x' in globals())")).output.endswith("False\n")
+
+
+async def test_snippet_that_certainly_did_not_begin_runs_again(isolation: str) -> None:
+    async with sandbox(isolation, QUICK) as box:
+        for pid in ready_pids(box):
+            os.kill(pid, signal.SIGSTOP)
+        os.kill(box.zygote_pid, signal.SIGKILL)
+        outcome = await box.run("print('once')")
+        assert (outcome.status, outcome.output, box.num_restarts) == (SandboxStatus.OK, "once\n", 1)
+
+
+async def test_fork_server_that_hangs_is_replaced(isolation: str) -> None:
+    async with sandbox(isolation, Limits(wall_s=0.5)) as box:
+        hung = box.zygote_pid
+        os.kill(hung, signal.SIGSTOP)
+        outcome = await box.run("print(1)")
+        assert outcome.status is SandboxStatus.UNAVAILABLE
+        assert (await box.run("print(2)")).output == "2\n"
+        assert box.num_restarts == 1 and not alive({hung})
+
+
+async def test_owner_killed_leaves_no_process_and_no_file(isolation: str, tmp_path: Path) -> None:
+    program = (
+        "import asyncio, sys\nfrom tools_service.sandbox.owner import Limits, Sandbox\nasync def main():\n"
+        f"    box = Sandbox(Limits(wall_s=30, cpu_s=30), isolation={isolation!r})\n    await box.start()\n"
+        "    session = await box.open_session()\n    await session.run('x = 1')\n"
+        "    tasks = [asyncio.create_task(box.run('open(\"f\", \"w\")\\nwhile True: pass')) for _ in range(2)]\n"
+        "    await asyncio.sleep(0.3)\n    print(box.zygote_pid, flush=True)\n    await asyncio.gather(*tasks)\nasyncio.run(main())"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    owner = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert int(owner.stdout.readline())
+        below = descendants(owner.pid)
+        assert len(below) >= 4
+    finally:
+        owner.kill()
+        owner.wait(10)
+    assert await gone(below, within_s=2.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_close_leaves_nothing(isolation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    descriptors = len(os.listdir("/proc/self/fd"))
+    async with sandbox(isolation) as box:
+        running = asyncio.create_task(box.run("import os; os.mkdir('d'); open('d/f', 'w').close()\nwhile True: pass"))
+        await asyncio.sleep(0.3)
+        below = descendants(box.zygote_pid) | {box.zygote_pid}
+    assert (await running).status is SandboxStatus.UNAVAILABLE
+    assert not alive(below)
+    assert list(tmp_path.iterdir()) == []
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
+    assert (await box.run("1")).status is SandboxStatus.UNAVAILABLE
+
+
+async def test_many_mixed_snippets_leave_descriptors_and_processes_flat(isolation: str) -> None:
+    kinds = ["print(1)", "1 / 0", "import os; os._exit(3)", "open('f', 'w').write('x')", "import ctypes; ctypes.string_at(0)", "x = ["]
+    async with sandbox(isolation, QUICK) as box:
+
+        async def worker(number: int) -> None:
+            choose = random.Random(number)
+            for turn in range(60):
+                if turn % 20 == 19:
+                    await box.run("while True: pass", wall_s=0.05)
+                assert (await box.run(choose.choice(kinds))).status is not SandboxStatus.UNAVAILABLE
+
+        async def counts() -> tuple[int, int, int]:
+            await asyncio.sleep(0.3)
+            of_zygote = len(os.listdir(f"/proc/{box.zygote_pid}/fd"))
+            return len(os.listdir("/proc/self/fd")), of_zygote, len(descendants(box.zygote_pid))
+
+        await worker(0)
+        before = await counts()
+        await asyncio.gather(*map(worker, range(1, 5)))
+        assert await counts() == before
+        assert box.num_restarts == 0
+
+
+async def test_a_worker_thread_may_start_it_and_end(isolation: str) -> None:
+    """The fork server's life hangs on the owner's process, not on the thread that executed it; and any loop will do."""
+    async with sandbox(isolation) as box:
+        await asyncio.to_thread(lambda: None)
+        assert (await box.run("print(1)")).output == "1\n"
+
+    async def other_loop() -> str:
+        async with sandbox(isolation) as inner:
+            await asyncio.sleep(0.1)
+            session = await inner.open_session()
+            await session.run("x = 5")
+            return (await inner.run("print(2)")).output + (await session.run("print(x)")).output
+
+    def in_thread() -> str:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(other_loop())
+
+    assert await asyncio.to_thread(in_thread) == "2\n5\n"
+
+
+async def test_preload_that_does_not_exist_is_refused_by_name(isolation: str) -> None:
+    with pytest.raises(ValueError, match="no_such_module"):
+        await Sandbox(isolation=isolation, preload=("no_such_module",)).start()
+
+
+async def test_probe_and_stats_tell_what_holds(isolation: str) -> None:
+    found = {name: holds for name, holds, _ in await asyncio.to_thread(probe)}
+    async with sandbox(isolation) as box:
+        await box.run("1")
+        assert found[box.tier]
+        assert box.stats()["num_ok"] == 1 and json.dumps(box.stats())
+
+
+async def test_a_breach_refuses_to_start(isolation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the path look-ups of the self-attack allowed, no tier below may be taken in silence."""
+    from tools_service.sandbox import owner
+
+    async def found(box: Sandbox) -> list[str]:
+        return ["read a file of the host"]
+
+    monkeypatch.setattr(owner, "breaches", found)
+    with pytest.raises(owner.IsolationUnavailable, match="read a file of the host"):
+        await Sandbox(isolation=isolation).start()
+    async with sandbox(isolation, unsafe_no_isolation=True) as box:
+        assert box.tier == "none"
+        assert (await box.run("print(1)")).output == "1\n"
+
+
+async def test_nothing_reaches_a_listener(isolation: str) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.settimeout(0.2)
+    code = f"import socket\nsocket.create_connection(('127.0.0.1', {listener.getsockname()[1]}), 1)"
+    async with sandbox(isolation) as box:
+        assert (await box.run(code)).status is SandboxStatus.ERROR
+    with listener, pytest.raises(TimeoutError):
+        listener.accept()

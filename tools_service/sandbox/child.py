@@ -1,0 +1,178 @@
+"""What a locked-down child does with the code it is handed. Descriptors: 0 at its end, 1 and 2 the output, 3 the job channel.
+
+The job channel carries `HEADER` and the code. A one-shot child closes it before the code runs; what became of the snippet is
+told by its exit status alone. A session keeps it and answers every run with one byte.
+"""
+
+from __future__ import annotations
+
+import _thread
+import atexit
+import io
+import linecache
+import mmap
+import os
+import random
+import struct
+import sys
+import threading
+import traceback
+import types
+
+HEADER = struct.Struct("<IBq")  # bytes of code, whether there is a seed, the seed
+JOB_FD = 3
+EXIT_OK, EXIT_ERROR, EXIT_MEMORY = 0, 1, 97
+FILE_NAME = "<snippet>"
+CHUNK_CHARS = 1 << 16
+MEMORY_RESERVE_BYTES = 2 << 20  # let go when memory runs out, so that there is room to say so
+
+
+class Output(io.TextIOWrapper):
+    """Every write is in the pipe when it returns, in order with the other stream; a giant one does not need its size again."""
+
+    def write(self, text: str) -> int:
+        if len(text) <= CHUNK_CHARS:
+            return super().write(text)
+        return sum(super(Output, self).write(text[start : start + CHUNK_CHARS]) for start in range(0, len(text), CHUNK_CHARS))
+
+
+def open_outputs() -> None:
+    for name, fd in (("stdout", 1), ("stderr", 2)):
+        raw = io.FileIO(fd, "w", closefd=False)
+        stream = Output(raw, encoding="utf-8", errors="backslashreplace", write_through=True)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+
+
+def read_exactly(num_bytes: int) -> bytes | None:
+    parts = b""
+    while len(parts) < num_bytes:
+        part = os.read(JOB_FD, num_bytes - len(parts))
+        if not part:
+            return None
+        parts += part
+    return parts
+
+
+def read_job() -> tuple[str, int | None] | None:
+    """The next code and its seed; None when the owner has gone."""
+    header = read_exactly(HEADER.size)
+    if header is None:
+        return None
+    size, seeded, seed = HEADER.unpack(header)
+    code = read_exactly(size)
+    return None if code is None else (code.decode(), seed if seeded else None)
+
+
+def seed_generators(seed: int | None) -> None:
+    """fork copies the generators' states: without this every snippet would draw the same numbers as its neighbour."""
+    random.seed(seed)
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is not None:
+        numpy_random.seed(None if seed is None else seed % 2**32)
+
+
+def new_main() -> types.ModuleType:
+    main = types.ModuleType("__main__")
+    main.__builtins__ = sys.modules["builtins"]
+    sys.modules["__main__"] = main
+    return main
+
+
+def run_code(code: str, main: types.ModuleType, file_name: str) -> int:
+    """Runs it in `main`. Prints a traceback of its own frames alone. Returns an exit code."""
+    reserve = mmap.mmap(-1, MEMORY_RESERVE_BYTES)  # address space only: no page of it is touched
+    linecache.cache[file_name] = (len(code), None, code.splitlines(True), file_name)
+    print_exception = traceback.print_exception
+    status = EXIT_OK
+    try:
+        exec(compile(code, file_name, "exec", dont_inherit=True), main.__dict__)
+    except SystemExit as error:
+        status = exit_status(error)
+    except BaseException as error:
+        sys.settrace(None)
+        reserve.close()
+        status = EXIT_MEMORY if isinstance(error, MemoryError) else EXIT_ERROR
+        try:
+            print_exception(type(error), error, error.__traceback__ and error.__traceback__.tb_next)
+        except BaseException as again:
+            os.write(2, f"{type(error).__name__} ({type(again).__name__} while printing it)\n".encode(errors="replace"))
+    return status
+
+
+def exit_status(error: SystemExit) -> int:
+    if error.code is None or error.code == 0:
+        return EXIT_OK
+    if not isinstance(error.code, int):
+        os.write(2, f"{error.code}\n".encode(errors="backslashreplace"))
+    return EXIT_ERROR
+
+
+def finish(exit_now=os._exit, num_threads=_thread._count, num_handlers=atexit._ncallbacks):
+    """Ends the process as the interpreter would. What it needs is bound here: the snippet may have replaced the names."""
+    num_handlers_before = num_handlers()
+
+    def end(status: int) -> None:
+        try:
+            sys.settrace(None)
+            if num_threads():  # asked first because these calls, with nothing to do, touch a quarter of all that a snippet touches
+                threading._shutdown()
+            if num_handlers() > num_handlers_before:
+                atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except BaseException:
+            status = status or EXIT_ERROR
+        exit_now(status)
+
+    return end
+
+
+def serve_once() -> None:
+    end = finish()
+    touch()
+    job = read_job()
+    if job is None:
+        os._exit(EXIT_ERROR)
+    code, seed = job
+    os.close(JOB_FD)
+    seed_generators(seed)
+    end(run_code(code, new_main(), FILE_NAME))
+
+
+def serve_session() -> None:
+    """Runs one code after another in one namespace until the owner goes or kills it."""
+    write, flush_out, flush_err = os.write, sys.stdout.flush, sys.stderr.flush
+    next_job, run, seed_all = read_job, run_code, seed_generators
+    touch()
+    main, num_runs = new_main(), 0
+    while (job := next_job()) is not None:
+        code, seed = job
+        num_runs += 1
+        if seed is not None or num_runs == 1:  # a later run without a seed goes on where the one before stopped
+            seed_all(seed)
+        status = run(code, main, f"<snippet {num_runs}>")
+        flush_out()
+        flush_err()
+        write(JOB_FD, bytes([status]))
+    os._exit(EXIT_OK)
+
+
+def touch() -> None:
+    """Runs nothing of importance, so that the memory which every run writes is this child's own before the code arrives."""
+    seed_generators(0)
+    run_code("1 + 1", types.ModuleType("__main__"), FILE_NAME)
+
+
+def warm_up() -> None:
+    """Runs what every snippet runs once, so that children find it in memory."""
+    real, sys.stdout, sys.stderr = (sys.stdout, sys.stderr), open(os.devnull, "w"), open(os.devnull, "w")
+    try:
+        for code in ("print(1 + 1)", "def f(x):\n    return 1 / x\nf(0)", "import sys; sys.exit(0)"):
+            seed_generators(0)
+            run_code(code, new_main(), FILE_NAME)
+    finally:
+        sys.stdout.close()
+        sys.stderr.close()
+        sys.stdout, sys.stderr = real
+        linecache.cache.pop(FILE_NAME, None)

@@ -1,0 +1,46 @@
+"""What one snippet may use. Data only, so that an operator can read and change every number in one place."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of one snippet; in a session, of one child and, for wall time, CPU time and output, of one run of it.
+
+    wall_s: seconds from handing the code over until everything it started is killed.
+    cpu_s: seconds of CPU over all threads; rounded up to whole seconds, which is what the kernel counts.
+    memory_bytes: address space beyond what the fork server had mapped when its modules were loaded, so that a larger preload
+        set leaves a snippet the same room.
+    max_threads: threads alive at once, the main one included.
+    max_open_files: file descriptors, the three standard ones included.
+    max_file_bytes: size of one file.
+    max_files: files and folders that may be created in the scratch folder, deleted ones included. The folder holds at most
+        max_files * max_file_bytes.
+    max_output_bytes: of stdout and stderr together.
+    max_code_bytes: of the code, as UTF-8.
+    """
+
+    wall_s: float = 5.0
+    cpu_s: float = 5.0
+    memory_bytes: int = 512 * MIB
+    max_threads: int = 16
+    max_open_files: int = 64
+    max_file_bytes: int = 8 * MIB
+    max_files: int = 64
+    max_output_bytes: int = 64 * 1024
+    max_code_bytes: int = 256 * 1024
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            whole = not field.name.endswith("_s")
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or value <= 0 or (whole and value != int(value)):
+                raise ValueError(f"sandbox limit {field.name}={value!r} must be a positive {'integer' if whole else 'number of seconds'}")
+        if self.max_open_files < 16:
+            raise ValueError(f"sandbox limit max_open_files={self.max_open_files} must be 16 or more: an import alone needs several")

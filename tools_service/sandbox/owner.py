@@ -1,0 +1,300 @@
+"""The sandbox: runs untrusted python in children of a fork server, each for one snippet or one session.
+
+It keeps what a snippet could want to change: the deadline, the output cap, the verdict on how it ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import os
+import struct
+from typing import Literal
+
+from tools_service.sandbox import plan, process
+from tools_service.sandbox.limits import Limits
+from tools_service.sandbox.outcome import IsolationUnavailable, Outcome, SandboxStatus, ZygoteDied
+from tools_service.sandbox.running import Child, NotBegun, encode_job, lowered, refusal
+from tools_service.sandbox.self_attack import breaches
+from tools_service.sandbox.session import Session
+
+__all__ = ["IsolationUnavailable", "Limits", "Outcome", "Sandbox", "SandboxStatus", "Session"]
+
+TAKE_S = 5.0  # for a child to be forked and locked down; past it the fork server is replaced
+MAX_ATTEMPTS = 3
+MAX_FAILED_STARTS = 3
+CANDIDATES = {"auto": ("bubblewrap", "landlock", "seccomp")} | {name: (name,) for name in ("bubblewrap", "landlock", "seccomp")}
+
+
+class Sandbox:
+    """Bound to the event loop that starts it. Concurrent calls are fine; how many run at a time is the caller's business.
+
+    preload: modules that the fork server loads, so that a snippet's import of them costs nothing.
+    isolation: "auto" takes the best that holds here; the others are for those who want one and no other.
+    unsafe_no_isolation: where nothing holds, run without any isolation but limits, instead of raising.
+    num_ahead: children kept ready.
+    """
+
+    def __init__(
+        self,
+        limits: Limits | None = None,
+        preload: tuple[str, ...] = plan.DEFAULT_PRELOAD,
+        isolation: Literal["auto", "bubblewrap", "landlock", "seccomp"] = "auto",
+        unsafe_no_isolation: bool = False,
+        num_ahead: int = 2,
+    ):
+        if isolation not in CANDIDATES:
+            raise ValueError(f"sandbox isolation={isolation!r} must be one of {', '.join(CANDIDATES)}")
+        if not isinstance(num_ahead, int) or num_ahead < 1:
+            raise ValueError(f"sandbox num_ahead={num_ahead!r} must be an integer of 1 or more")
+        if isinstance(preload, str) or not all(isinstance(name, str) and name for name in preload):
+            raise ValueError(f"sandbox preload={preload!r} must be a list of module names")
+        self.limits = limits or Limits()
+        self.preload, self.isolation, self.num_ahead = tuple(preload), isolation, num_ahead
+        self.unsafe_no_isolation = unsafe_no_isolation
+        self.tier = ""
+        self.num_restarts = 0
+        self._zygote: process.Zygote | None = None
+        self._plan: plan.Plan | None = None
+        self._start_lock = asyncio.Lock()
+        self._restarting: asyncio.Task | None = None
+        self._closed = False
+        self._broken = ""
+        self._ready: collections.deque[Child] = collections.deque()
+        self._children: dict[int, Child] = {}  # every child that has been announced and not reported dead
+        self._waiters: dict[bool, collections.deque[asyncio.Future]] = {False: collections.deque(), True: collections.deque()}
+        self._num_asked = {False: 0, True: 0}  # forks requested and not yet announced, by kind: one-shot, session
+        self._num_outcomes: collections.Counter[str] = collections.Counter()
+
+    @property
+    def zygote_pid(self) -> int | None:
+        """The fork server's process id as this machine sees it."""
+        return self._zygote.pid if self._zygote else None
+
+    async def start(self) -> None:
+        """Starts the best isolation that withstands an attack on itself. Idempotent.
+
+        Raises IsolationUnavailable where none does, ValueError for a preload set that cannot be loaded.
+        """
+        async with self._start_lock:
+            if self._closed:
+                raise RuntimeError("the sandbox is closed")
+            if self._zygote is not None or self._restarting is not None:
+                return
+            reasons = []
+            for isolation in CANDIDATES[self.isolation]:
+                try:
+                    await self._try_isolation(isolation)
+                    return
+                except IsolationUnavailable as error:
+                    reasons.append(f"{isolation}: {error}")
+            if not self.unsafe_no_isolation:
+                raise IsolationUnavailable(
+                    f"no isolation for untrusted code holds here: {'; '.join(reasons)}. It needs Linux on x86-64 with seccomp, and "
+                    "Landlock (kernel 5.13 or later with landlock in its lsm= list) or user namespaces and bubblewrap"
+                )
+            await self._launch("none")
+            self.tier = plan.TIERS["none"]
+
+    async def _try_isolation(self, isolation: str) -> None:
+        await self._launch(isolation)
+        try:
+            if found := await breaches(self):
+                raise IsolationUnavailable(f"a snippet got through: {', '.join(found)}")
+        except BaseException:
+            await self._end_zygote()
+            raise
+        self.tier = plan.TIERS[isolation]
+
+    async def _launch(self, isolation: str) -> None:
+        if isolation != "none" and os.uname().machine != "x86_64":
+            raise IsolationUnavailable(f"this machine is {os.uname().machine}; the system call filter knows x86-64 only")
+        self._broken = ""
+        self._plan = plan.plan(isolation, self.limits, self.preload)
+        self._zygote = await self._start_zygote()
+        self._fill()
+
+    async def _start_zygote(self) -> process.Zygote:
+        zygote = process.Zygote(self._on_message, self._on_death)
+        try:
+            await zygote.start(self._plan)
+        except BaseException:
+            zygote.remove_scratch()
+            raise
+        return zygote
+
+    def _fill(self) -> None:
+        """Asks for as many children as are wanted and not on their way."""
+        if self._zygote is None:
+            return
+        wanted = {False: self.num_ahead - len(self._ready) + self._num_waiting(False), True: self._num_waiting(True)}
+        for session, request in ((False, b"f"), (True, b"s")):
+            while self._num_asked[session] < wanted[session]:
+                self._num_asked[session] += 1
+                self._zygote.send(request)
+
+    def _num_waiting(self, session: bool) -> int:
+        return sum(not waiter.done() for waiter in self._waiters[session])
+
+    def _on_message(self, message: bytes, fds: list[int]) -> None:
+        kind = message[:1]
+        if kind == b"R" and len(fds) == 3:
+            number, session = struct.unpack("<I?", message[1:])
+            child = Child(number, *fds, self.limits)
+            self._children[number] = child
+            self._num_asked[session] -= 1
+            waiters = self._waiters[session]
+            while waiters:
+                waiter = waiters.popleft()
+                if not waiter.done():
+                    waiter.set_result(child)
+                    return
+            child.close() if session else self._ready.append(child)
+        elif kind == b"X":
+            number, wait_status, cpu_us = struct.unpack("<IiQ", message[1:])
+            child = self._children.pop(number, None)
+            if child is None:  # it died before it was locked down
+                self._replace("a child ended before it was locked down")
+                return
+            if not child.exit.done():
+                child.exit.set_result((wait_status, cpu_us / 1e6))
+            if child in self._ready:
+                self._ready.remove(child)
+                child.close()
+                self._fill()
+        else:
+            self._replace(message[1:].decode(errors="replace") or "the fork server sent what it never sends")
+
+    def _replace(self, reason: str) -> None:
+        if self._zygote is not None:
+            self._zygote.close()
+            self._on_death(reason)
+
+    def _on_death(self, reason: str) -> None:
+        """Everything that ran under it died with it; what waits is served by the next one."""
+        self._zygote = None
+        self._broken = reason or "the fork server died"
+        self._forget_children()
+        if self._restarting is None:
+            if self.tier and not self._closed:
+                self._restarting = asyncio.get_running_loop().create_task(self._restart())
+            else:  # it died while it was being tried
+                self._fail_waiters()
+
+    def _forget_children(self) -> None:
+        for child in list(self._children.values()):
+            if not child.exit.done():
+                child.kill()
+                child.exit.set_exception(ZygoteDied(self._broken))
+        for child in self._ready:
+            child.close()
+        self._ready.clear()
+        self._children.clear()
+        self._num_asked = {False: 0, True: 0}
+
+    def _fail_waiters(self) -> None:
+        for waiters in self._waiters.values():
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_exception(ZygoteDied(self._broken))
+            waiters.clear()
+
+    async def _restart(self) -> None:
+        try:
+            for attempt in range(MAX_FAILED_STARTS):
+                with contextlib.suppress(IsolationUnavailable, ValueError, OSError):
+                    self._zygote = await self._start_zygote()
+                    self.num_restarts += 1
+                    self._fill()
+                    return
+                await asyncio.sleep(0.1 * 2**attempt)
+            self._fail_waiters()
+        finally:
+            self._restarting = None
+
+    async def take(self, session: bool = False) -> Child:
+        """A child that is locked down and has no code yet. Raises ZygoteDied where there is none within 2 * TAKE_S."""
+        for _ in range(2):
+            if not session and self._ready:
+                child = self._ready.popleft()
+                self._fill()
+                return child
+            if self._closed or (self._zygote is None and self._restarting is None):
+                self._revive()
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiters[session].append(waiter)
+            self._fill()
+            try:
+                return await asyncio.wait_for(waiter, TAKE_S + (process.START_S if self._restarting else 0))
+            except TimeoutError:
+                self._replace(f"the fork server did not fork within {TAKE_S:.0f} s")
+            except asyncio.CancelledError:
+                if waiter.done() and not waiter.cancelled() and not waiter.exception():
+                    waiter.result().close()
+                raise
+        raise ZygoteDied(self._broken)
+
+    def _revive(self) -> None:
+        if self._closed or not self.tier:
+            raise ZygoteDied(self._broken or "the sandbox is closed")
+        self._restarting = asyncio.get_running_loop().create_task(self._restart())
+
+    async def run(self, code: str, *, seed: int | None = None, wall_s: float | None = None) -> Outcome:
+        """Runs one snippet in a child of its own. Never raises but IsolationUnavailable or ValueError at the first call.
+
+        wall_s: seconds, to lower the limit. Cancelling the task kills the snippet.
+        """
+        if not self.tier:
+            await self.start()
+        job = encode_job(code, seed, self.limits)
+        outcome = refusal(self.limits) if job is None else await self.run_job(job, lowered(wall_s, self.limits))
+        self._num_outcomes[outcome.status] += 1
+        return outcome
+
+    async def run_job(self, job: bytes, wall_s: float) -> Outcome:
+        reason = ""
+        for _ in range(MAX_ATTEMPTS):
+            try:
+                child = await self.take()
+                return await child.run_once(job, wall_s)
+            except NotBegun:
+                reason = "no child lived until it had the code"
+            except ZygoteDied as error:
+                if self._zygote is not None:  # it hangs: its children are killed, their ends not reported
+                    self._replace(str(error))
+                reason = str(error)
+                break
+        return Outcome(SandboxStatus.UNAVAILABLE, f"the sandbox failed: {reason}")
+
+    def renew_cpu(self, child: Child) -> None:
+        if self._zygote is not None:
+            self._zygote.send(b"c" + struct.pack("<I", child.number))
+
+    async def open_session(self) -> Session:
+        """A child of its own for the turns of one episode; it is forked at the first run."""
+        if not self.tier:
+            await self.start()
+        return Session(self)
+
+    def stats(self) -> dict[str, float]:
+        counts = {f"num_{status}": float(self._num_outcomes[status]) for status in SandboxStatus}
+        running = sum(not child.exit.done() for child in self._children.values()) - len(self._ready)
+        return {**counts, "num_restarts": float(self.num_restarts), "num_running": float(running)}
+
+    async def _end_zygote(self) -> None:
+        zygote, self._zygote = self._zygote, None
+        self._forget_children()
+        if zygote is not None:
+            await zygote.leave()
+
+    async def close(self) -> None:
+        """Ends every snippet and the fork server. Calls in flight end as UNAVAILABLE. Idempotent."""
+        self._closed = True
+        if self._restarting is not None:
+            self._restarting.cancel()
+            with contextlib.suppress(BaseException):
+                await self._restarting
+        self._broken = "the sandbox was closed"
+        self._fail_waiters()
+        await self._end_zygote()

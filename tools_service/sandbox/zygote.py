@@ -1,0 +1,283 @@
+"""The fork server: executed by the owner with an empty environment, it loads modules once and forks children ahead of time.
+
+Standard input is the control channel (a SOCK_SEQPACKET socket). It reads one JSON configuration, answers `H` (ready) or `E` and
+a reason, and then serves requests: `f` fork a child for one snippet, `s` fork one for a session; `c` and a child's number renews a
+session's CPU limit. It reports `R`, number, whether it is for a session and three descriptors (job channel, output, pidfd) when a
+child is locked down, and `X`, number, wait status and CPU microseconds when it has ended. When the channel closes or the owner's
+process ends, everything ends. No child ever holds the control channel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import importlib
+import json
+import math
+import os
+import platform
+import resource
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+from dataclasses import dataclass
+
+sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
+from tools_service.sandbox import child as child_side
+from tools_service.sandbox import cleaner, lockdown
+from tools_service.sandbox.limits import Limits
+from tools_service.sandbox.seccomp import Supervisor, allow_list
+
+sys.path.pop()
+MAX_MESSAGE_BYTES = 1 << 17
+
+
+@dataclass
+class Child:
+    number: int
+    pid: int
+    pidfd: int
+    scratch: str | None
+    session: bool = False
+    hand_over: socket.socket | None = None
+    fds_of_owner: tuple[int, ...] = ()
+    supervisor: Supervisor | None = None
+    cleaner: bool = False
+
+
+class Server:
+    def __init__(self, control: socket.socket, owner_pidfd: int, config: dict, confinement: lockdown.Confinement):
+        self.control, self.config, self.confinement = control, config, confinement
+        self.limits = confinement.limits
+        self.poll = select.epoll()
+        self.handlers = {}
+        self.children: dict[int, Child] = {}
+        self.num_forked = 0
+        self.devnull = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self.watch(control.fileno(), self.on_request)
+        # A process that the owner forked may hold the channel open; and a death signal would follow the owner's thread.
+        self.watch(owner_pidfd, self.shut_down)
+
+    def watch(self, fd: int, handler) -> None:
+        self.handlers[fd] = handler
+        self.poll.register(fd, select.EPOLLIN)
+
+    def unwatch(self, fd: int) -> None:
+        if self.handlers.pop(fd, None):
+            self.poll.unregister(fd)
+
+    def serve(self) -> None:
+        while True:
+            for fd, _ in self.poll.poll():
+                handler = self.handlers.get(fd)
+                if handler is not None:  # else an earlier event of this round ended it
+                    handler()
+
+    def on_request(self) -> None:
+        message = self.control.recv(64)
+        if not message:
+            self.shut_down()
+        if message[:1] == b"c":
+            child = self.children.get(struct.unpack("<I", message[1:])[0])
+            if child is not None:
+                self.renew_cpu(child)
+        else:
+            self.fork_child(session=message == b"s")
+
+    def fork_child(self, session: bool) -> None:
+        self.num_forked += 1
+        base = self.config["scratch"]
+        scratch = f"{base}/{self.num_forked}" if base else None
+        if scratch:
+            os.mkdir(scratch, 0o700)
+        job, job_of_child = socket.socketpair()
+        output, output_of_child = os.pipe2(os.O_CLOEXEC)
+        hand_over, hand_over_of_child = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        parent = os.getpid()
+        pid = lockdown.fork()
+        if pid == 0:
+            self.be_child(parent, scratch, session, job_of_child.fileno(), output_of_child, hand_over_of_child)
+        job_of_child.close()
+        os.close(output_of_child)
+        hand_over_of_child.close()
+        child = Child(self.num_forked, pid, os.pidfd_open(pid), scratch, session, hand_over, (job.detach(), output))
+        self.children[child.number] = child
+        self.watch(child.pidfd, lambda: self.on_exit(child))
+        self.watch(hand_over.fileno(), lambda: self.on_locked_down(child))
+
+    def be_child(self, parent: int, scratch: str | None, session: bool, job: int, output: int, hand_over: socket.socket) -> None:
+        """Never returns."""
+        try:
+            lockdown.die_with_parent(parent)
+            if scratch:
+                os.chdir(scratch)
+            # High numbers first: a low one may be the target of another.
+            fds = [fcntl.fcntl(fd, fcntl.F_DUPFD, self.limits.max_open_files + 1) for fd in (hand_over.fileno(), output, job)]
+            for fd, target in ((fds[0], self.limits.max_open_files), (self.devnull, 0), (fds[1], 1), (fds[1], 2), (fds[2], 3)):
+                os.dup2(fd, target)
+            channel = socket.socket(fileno=self.limits.max_open_files)
+            lockdown.lock_down(
+                self.confinement, scratch, session,
+                lambda listener: socket.send_fds(channel, [b"L"], [] if listener < 0 else [listener]),
+            )  # fmt: skip
+            channel.detach()
+            child_side.serve_session() if session else child_side.serve_once()
+        except BaseException as error:
+            with contextlib.suppress(BaseException):
+                channel.send(f"E{error}".encode()[:2000])
+        finally:
+            os._exit(child_side.EXIT_ERROR)
+
+    def on_locked_down(self, child: Child) -> None:
+        try:
+            message, fds, _, _ = socket.recv_fds(child.hand_over, 4096, 1)
+        except OSError:
+            message, fds = b"", []
+        self.unwatch(child.hand_over.fileno())
+        if message == b"L":
+            if fds:
+                child.supervisor = Supervisor(fds[0], child.pid, self.limits.max_files, self.limits.max_threads)
+                self.watch(fds[0], child.supervisor.answer)
+            self.report(b"R" + struct.pack("<I?", child.number, child.session), (*child.fds_of_owner, child.pidfd))
+        elif message:
+            self.report(message)
+        for fd in child.fds_of_owner:
+            os.close(fd)
+        child.fds_of_owner = ()
+        child.hand_over.close()
+
+    def report(self, message: bytes, fds: tuple[int, ...] = ()) -> None:
+        try:
+            socket.send_fds(self.control, [message], fds)
+        except OSError:  # the owner has gone
+            self.shut_down()
+
+    def renew_cpu(self, child: Child) -> None:
+        """A session may use cpu_s from now on, whatever its earlier runs used."""
+        with contextlib.suppress(OSError):
+            used_s = time_of(child.pid)
+            resource.prlimit(child.pid, resource.RLIMIT_CPU, (math.ceil(used_s + self.limits.cpu_s), resource.RLIM_INFINITY))
+
+    def on_exit(self, child: Child) -> None:
+        if child.fds_of_owner:  # its hand-over waits in the same round of events
+            self.on_locked_down(child)
+        pid, status, usage = os.wait4(child.pid, os.WNOHANG)
+        if not pid:
+            return
+        self.unwatch(child.pidfd)
+        os.close(child.pidfd)
+        if child.supervisor:
+            self.unwatch(child.supervisor.listener)
+            os.close(child.supervisor.listener)
+        del self.children[child.number]
+        if not child.cleaner:
+            cpu_us = int((usage.ru_utime + usage.ru_stime) * 1e6)
+            self.report(b"X" + struct.pack("<IiQ", child.number, status, cpu_us))
+        if child.scratch:
+            self.clean(child)
+
+    def clean(self, child: Child) -> None:
+        """Removes the scratch folder; what is in it, only by a process that can reach nothing else."""
+        try:
+            os.rmdir(child.scratch)
+        except OSError:
+            if not child.cleaner:
+                self.num_forked += 1
+                pid = cleaner.fork_cleaner(self.confinement, child.scratch)
+                helper = Child(self.num_forked, pid, os.pidfd_open(pid), child.scratch, cleaner=True)
+                self.children[helper.number] = helper
+                self.watch(helper.pidfd, lambda: self.on_exit(helper))
+
+    def shut_down(self) -> None:
+        for child in self.children.values():
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
+        for child in self.children.values():
+            with contextlib.suppress(OSError):
+                os.waitpid(child.pid, 0)
+        if self.config["scratch"]:
+            cleaner.sweep(self.confinement, self.config["scratch"])
+            with contextlib.suppress(OSError):
+                os.rmdir(self.config["scratch"])
+        os._exit(0)
+
+
+def time_of(pid: int) -> float:
+    """CPU seconds that a process has used."""
+    return time.clock_gettime((~pid << 3) | 2)
+
+
+def drop_privileges(uid: int | None) -> None:
+    if uid is not None:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+    lockdown.drop_capabilities()
+
+
+def load(config: dict) -> None:
+    sys.path += config["site_paths"]
+    for name in config["preload"]:
+        importlib.import_module(name)
+    hide_host_name()
+    os.environ.clear()
+    child_side.warm_up()
+    importlib.invalidate_caches()
+
+
+def hide_host_name() -> None:
+    """uname is refused to snippets: it tells the host's name. What modules ask of it is answered from here."""
+    real = os.uname()
+    hidden = os.uname_result((real.sysname, "sandbox", real.release, real.version, real.machine))
+    os.uname = sys.modules["posix"].uname = lambda: hidden
+    platform.uname()
+
+
+def open_confinement(config: dict) -> lockdown.Confinement:
+    """Opens what children may read, once: a rule binds to the file, not to its name."""
+    def opened(path: str) -> int:
+        return os.open(path, os.O_PATH | os.O_CLOEXEC)
+
+    read = tuple((opened(path), os.path.isdir(path)) for path in config["read_paths"] if os.path.exists(path))
+    devices = tuple(opened(path) for path in config["devices"] if os.path.exists(path))
+    with open("/proc/self/statm") as file:
+        mapped_bytes = int(file.read().split()[0]) * resource.getpagesize()
+    limits = Limits(**config["limits"])
+    programs = None
+    if config["seccomp"]:
+        programs = tuple(allow_list(config["landlock"], supervised, limits.max_open_files) for supervised in (True, False))
+    return lockdown.Confinement(limits, read, devices, config["landlock"], programs, mapped_bytes + limits.memory_bytes)
+
+
+def main() -> None:
+    control = socket.socket(fileno=os.dup(0))
+    control.set_inheritable(False)
+    os.dup2(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), 0)
+    try:
+        message, (owner_pidfd,), _, _ = socket.recv_fds(control, MAX_MESSAGE_BYTES, 1)
+        config = json.loads(message)
+        load(config)
+        drop_privileges(config["uid"])
+        confinement = open_confinement(config)
+        if config["scratch"]:
+            cleaner.sweep(confinement, config["scratch"])
+        if len(os.listdir("/proc/self/task")) != 1:
+            raise RuntimeError(f"preload={config['preload']} starts threads, and a process with threads cannot be forked")
+        server = Server(control, owner_pidfd, config, confinement)
+        child_side.open_outputs()
+        gc.collect()
+        gc.freeze()
+    except BaseException as error:
+        control.send(f"E{type(error).__name__}: {error}".encode()[:4000])
+        raise
+    control.send(b"H")
+    server.serve()
+
+
+if __name__ == "__main__":
+    main()
