@@ -54,10 +54,10 @@ def ray_parts(config: RunConfig, policy_dir: str, say: Callable[[str], None], *,
     """The parts of a run on the cluster that `connect` reached, all started and ready for work."""
     from toolrl_ray.learner.group import LearnerGroup
     from toolrl_ray.rollout.pool import RolloutPool
-    from toolrl_ray.tools.serve_client import start_tools, stop_tools
+    from toolrl_ray.tools.serve_client import join_tools, start_tools, stop_tools
 
     group, rollout_bundles, learner_bundles = reserve(config, say, learner=learner)
-    app_name = f"toolrl-{uuid.uuid4().hex[:8]}"
+    app_name = config.tools.app or f"toolrl-{uuid.uuid4().hex[:8]}"
     rollout_actors, learners = _actors(config, policy_dir, app_name, group, rollout_bundles, learner_bundles)
 
     def close() -> None:
@@ -65,7 +65,7 @@ def ray_parts(config: RunConfig, policy_dir: str, say: Callable[[str], None], *,
 
         # The tools first: Serve is detached and would outlive this job, the actors would not.
         for what, undo in [
-            ("the tools", lambda: stop_tools(app_name, wait=False)),
+            *([] if config.tools.app else [("the tools", lambda: stop_tools(app_name, wait=False))]),
             *((f"actor {actor}", lambda actor=actor: ray.kill(actor)) for actor in [*rollout_actors, *learners]),
             ("the placement group", lambda: ray.util.remove_placement_group(group)),
         ]:
@@ -79,7 +79,7 @@ def ray_parts(config: RunConfig, policy_dir: str, say: Callable[[str], None], *,
     learner_group = LearnerGroup(config, learners) if learner else None
     try:
         say(f"starting {len(rollout_actors)} x {config.rollout.engine}, {len(learners)} x learner, tools: {', '.join(config.tools.names)}")
-        jobs: list[Callable[[], Any]] = [pool.start, lambda: start_tools(config.tools, app_name)]
+        jobs: list[Callable[[], Any]] = [pool.start, lambda: (join_tools if config.tools.app else start_tools)(config.tools, app_name)]
         _all_at_once(jobs + ([learner_group.start] if learner_group else []))
         if learner_group:
             weights = WeightSync(config, pool, rollout_actors, learners)

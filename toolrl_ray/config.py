@@ -7,9 +7,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from tools_service.config import PoolConfig, Section, ToolSet
 
 MAX_SHARED_GPU_MEMORY = 0.6  # of a GPU, for an engine that shares it with a learner
 
@@ -19,10 +21,6 @@ def _absolute(spec: str | None) -> str | None:
     if spec is None or not ("/" in spec or ".py" in spec or spec.endswith(".jsonl")):
         return spec
     return str(Path(os.path.expanduser(spec)).absolute())
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
 
 
 class PolicyConfig(Section):
@@ -80,21 +78,31 @@ class TaskConfig(Section):
         return self
 
 
-class ToolsConfig(Section):
-    """The tools of the run and the share of the cluster that their replicas take."""
+class ToolsConfig(ToolSet):
+    """The tools of the run, over names, custom, options and pools of ToolSet. num_replicas, num_cpus, max_in_flight: of every tool whose
+    pool does not say otherwise. app: a service that runs already (`toolrl tools serve`) and others may share; null starts one's own."""
 
-    names: list[str] = ["SimpleCalculatorTool"]
-    custom: dict[str, str] = {}  # name -> "module:Class" or "file.py:Class", tools of one's own
+    prefix: ClassVar[str] = "tools."
+
+    app: str | None = Field(None, min_length=1)
     num_replicas: int = Field(1, ge=1)
     num_cpus: float = Field(0.1, gt=0)  # per replica
     max_in_flight: int = Field(64, ge=1)  # requests at once per replica
-    max_queued: int = Field(4096, ge=1)  # calls that may wait in the client before OVERLOADED
-    start_timeout_s: float = Field(120, gt=0)
+    max_queued: int = Field(4096, ge=1)  # calls of a tool that may wait in a client before OVERLOADED
+    cache_size: int = Field(0, ge=0)  # results of tools that always answer alike that a client keeps; 0: none
 
-    @field_validator("custom")
-    @classmethod
-    def _absolute(cls, value: dict[str, str]) -> dict[str, str]:
-        return {name: _absolute(spec) for name, spec in value.items()}
+    def pool(self, name: str) -> PoolConfig:
+        shared = {"min_replicas": self.num_replicas, "num_cpus": self.num_cpus, "max_in_flight": self.max_in_flight}
+        own = self.pools[name].model_dump(exclude_unset=True) if name in self.pools else {}
+        return PoolConfig(**shared | own)
+
+    @model_validator(mode="after")
+    def _shared_service(self) -> ToolsConfig:
+        for key in ("custom", "options", "pools"):
+            if self.app is not None and (value := getattr(self, key)):
+                remedy = f"the running service has its own; take tools.{key} away or set tools.app=null"
+                raise ValueError(f"tools.app={self.app!r} contradicts tools.{key}={value}: {remedy}")
+        return self
 
 
 class EpisodeConfig(Section):

@@ -37,6 +37,7 @@ from toolrl_ray.evaluation import eval_result, rollout_metrics
 from toolrl_ray.recipe import dump
 from toolrl_ray.tasks.module import load_tasks
 from toolrl_ray.tasks.stream import TaskStream
+from toolrl_ray.tools.stats import tool_metrics
 from toolrl_ray.tracking.memory import tree_gib
 from toolrl_ray.tracking.metrics import MetricsWriter
 from toolrl_ray.tracking.trajectories import TrajectoryWriter
@@ -99,6 +100,7 @@ class Run:
         self._say = say
         self._tracker: WandbTracker | None = None
         self._evals: dict[str, Any] = {}
+        self._tool_stats: dict[str, float] = {}  # after the step before
         self._totals = {"episodes": 0.0, "tokens": 0.0, "rollout_s": 0.0}
 
     def train(self, parts: Parts) -> dict[str, Any]:
@@ -140,7 +142,9 @@ class Run:
         numbers: dict[str, Any] = rollout_metrics(collected, collect_s)
         numbers |= parts.learner.update(collected)
         numbers |= parts.weights.sync(step)
-        numbers |= {f"tools/client/{key}": value for key, value in parts.rollout.tool_stats().items()}
+        stats = parts.rollout.tool_stats()
+        numbers |= tool_metrics(stats, self._tool_stats)
+        self._tool_stats = stats
         numbers |= {
             "rollout/actor_restarts": parts.rollout.num_restarts,
             "rollout/episodes_rerun": parts.rollout.num_rerun,

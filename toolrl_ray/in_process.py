@@ -34,6 +34,7 @@ class InProcessRollout:
         self._tools = LocalTools(config.tools)
         self._runner = EpisodeRunner(config, self.engine.generate, self._tools, codec)
         self._loop = asyncio.Runner()
+        self._loop.run(self._tools.start())
 
     def collect(
         self,
@@ -65,6 +66,7 @@ class InProcessRollout:
         return self._tools.stats()
 
     def close(self) -> None:
+        self._loop.run(self._tools.close())
         self._loop.close()
 
 

@@ -6,6 +6,7 @@ The check is made before anything is created, so that nothing waits in PENDING w
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,9 @@ def plan(config: RunConfig, *, learner: bool = True) -> list[Share]:
     shares = [Share("rollout", rollout.num_actors, rollout.num_cpus, rollout.num_gpus)]
     if learner:
         shares.append(Share("learner", config.learner.num_ranks, config.learner.num_cpus, config.learner.num_gpus))
-    shares.append(Share("tools", tools.num_replicas * len(tools.names), tools.num_cpus))
+    if tools.app is None:
+        pools = [tools.pool(name) for name in tools.names]
+        shares += [Share("tools", pool.min_replicas, pool.num_cpus) for pool in pools]
     return shares
 
 
@@ -41,7 +44,9 @@ def missing(shares: list[Share], resources: dict[str, float]) -> list[str]:
     """One entry per resource that the cluster lacks, with what asks for it; empty when the plan fits in total."""
     lines = []
     for key, attribute in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
-        asked = {share.section: share.count * getattr(share, attribute) for share in shares}
+        asked = Counter[str]()
+        for share in shares:
+            asked[share.section] += share.count * getattr(share, attribute)
         need, have = sum(asked.values()), resources.get(key, 0.0)
         if need > have + 1e-6:
             parts = ", ".join(f"{section} {amount:g}" for section, amount in asked.items() if amount)
@@ -58,8 +63,8 @@ def check(shares: list[Share], resources: dict[str, float], nodes: list[dict[str
             lines.append(f"no node holds one of {share.section} ({share.num_cpus:g} CPUs, {share.num_gpus:g} GPUs)")
     if lines:
         raise PlacementError(
-            f"this cluster cannot hold the plan: {'; '.join(lines)}. Ask for less (rollout.num_actors, rollout.num_cpus, "
-            "rollout.num_gpus, learner.num_ranks, learner.num_cpus, learner.num_gpus, tools.num_replicas, tools.num_cpus) or add nodes"
+            f"this cluster cannot hold the plan: {'; '.join(lines)}. Ask for less (rollout.num_actors, rollout.num_cpus, rollout.num_gpus, "
+            "learner.num_ranks, learner.num_cpus, learner.num_gpus, tools.num_replicas, tools.num_cpus, tools.pools) or add nodes"
         )
 
 

@@ -1,19 +1,26 @@
-"""Runs calls of one tool in threads, each with a deadline, from one event loop. What a replica and `--in-process` share.
+"""Runs calls of one tool from one event loop, each with a deadline: a `Tool` in threads, an `AsyncTool` in the loop itself. What a
+replica and `--in-process` share.
 
-A thread cannot be killed. A call that runs past its deadline is answered TIMEOUT and its thread left to finish by itself;
-`check` reports a tool that has too many of them, so that whoever supervises the process can replace it.
+A thread cannot be killed. A call that runs past its deadline is answered TIMEOUT and its thread left to finish by itself. The task of
+an AsyncTool is cancelled, at its deadline and when its caller has gone. `check` reports a tool that has too many threads or tasks
+which do not end, so that whoever supervises the process can replace it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import replace
 
-from tools_service.protocol import Tool, ToolResult, ToolStatus
-from tools_service.runner import run_tool, tool_info
+from tools_service.protocol import AsyncTool, Tool, ToolCall, ToolResult, ToolStatus
+from tools_service.runner import MAX_OUTPUT_CHARS, failed, not_text, run_tool, tool_info
 
-BATCH_PATIENCE_S = 0.1  # after which a batch is broken up; 64 calculations take about a millisecond
+BATCH_PATIENCE_S = 0.1  # after which a batch in a thread is broken up; 64 calculations take about a millisecond
+ANSWER_MARGIN_S = 0.05  # by which an AsyncTool has less time than its caller waits, so that its own answer arrives
+CANCEL_PATIENCE_S = 5.0  # in which a cancelled task has to end
 PROBE_TIMEOUT_S = 10.0
 
 
@@ -24,7 +31,7 @@ class UnhealthyTool(RuntimeError):
 class _Job:
     """The calls of one request, run one after another in one thread. `results` fills up from the front."""
 
-    def __init__(self, tool: Tool, calls: list[tuple[str, float]]):
+    def __init__(self, tool: Tool, calls: list[ToolCall]):
         self.results: list[ToolResult] = []
         self.stop = False
         self.finished = False
@@ -34,11 +41,11 @@ class _Job:
         self.done = asyncio.Event()
 
     def run(self) -> None:
-        for argument, deadline_s in self._calls:
+        for call in self._calls:
             if self.stop:
                 break
-            late = time.monotonic() - self._received > deadline_s
-            self.results.append(timed_out(deadline_s) if late else run_tool(self._tool, argument))
+            late = time.monotonic() - self._received > call.deadline_s
+            self.results.append(timed_out(call.deadline_s) if late else run_tool(self._tool, call.argument))
         self.finished = True
         try:
             self._loop.call_soon_threadsafe(self.done.set)
@@ -47,27 +54,35 @@ class _Job:
 
 
 class Executor:
-    """Executor(tool, max_threads).run(calls), for one event loop."""
+    """Executor(tool, max_in_flight).run(calls), for one event loop; `start` first, `close` last."""
 
-    def __init__(self, tool: Tool, max_threads: int):
+    def __init__(self, tool: Tool | AsyncTool, max_in_flight: int):
         self.info = tool_info(tool)
         self._tool = tool
-        self._max_threads = max_threads
-        self._overdue: list[_Job] = []
+        self._is_async = hasattr(tool, "call") or hasattr(tool, "call_many")
+        self._max_in_flight = max_in_flight
+        self._overdue: list[tuple[float, Callable[[], bool]]] = []  # (counts from, has ended)
 
-    async def run(self, calls: list[tuple[str, float]]) -> list[ToolResult | None]:
-        """One entry per (argument, deadline in seconds from now), in order.
+    async def start(self) -> None:
+        """What the tool needs before its first call, where it has a `start`. Raises what that raises."""
+        await self._optional("start")
 
-        A call alone has its deadline and always gets a ToolResult. A batch has BATCH_PATIENCE_S: after that it is answered
-        with what is finished, and None stands for every call that must be sent again alone. So one stalled call costs the
-        calls that share its request that little time and no more.
+    async def run(self, calls: list[ToolCall]) -> list[ToolResult | None]:
+        """One entry per call, in order; deadlines count from now.
+
+        A call alone has its deadline and always gets a ToolResult. A batch has BATCH_PATIENCE_S in a thread, half its shortest
+        deadline in the event loop: after that it is answered with what is finished, and None stands for every call that must be
+        sent again alone. So one stalled call costs the calls that share its request that little time and no more.
         """
-        if self._num_overdue() >= self._max_threads:
-            text = f"{self._max_threads} earlier calls still run past their deadline"
+        if self._num_overdue() >= self._max_in_flight:
+            text = f"{self._max_in_flight} earlier calls still run past their deadline"
             return [ToolResult(ToolStatus.OVERLOADED, text) for _ in calls]
+        return await (self._run_in_loop(calls) if self._is_async else self._run_in_thread(calls))
+
+    async def _run_in_thread(self, calls: list[ToolCall]) -> list[ToolResult | None]:
         job = _Job(self._tool, calls)
         threading.Thread(target=job.run, name=f"tool-{self.info.name}", daemon=True).start()
-        deadline_s = max(deadline for _, deadline in calls)
+        deadline_s = max(call.deadline_s for call in calls)
         alone = len(calls) == 1
         try:
             async with asyncio.timeout(deadline_s if alone else min(deadline_s, BATCH_PATIENCE_S)):
@@ -77,26 +92,96 @@ class Executor:
         finally:
             job.stop = True  # also when the caller has gone: calls that have not begun never begin
             if not job.finished:
-                self._overdue.append(job)
+                self._overdue.append((0.0, lambda: job.finished))
         results: list[ToolResult | None] = list(job.results)
         unfinished = timed_out(deadline_s) if alone else None
         return results + [unfinished] * (len(calls) - len(results))
 
+    async def _run_in_loop(self, calls: list[ToolCall]) -> list[ToolResult | None]:
+        alone = len(calls) == 1
+        limit_s = calls[0].deadline_s if alone else min(call.deadline_s for call in calls) / 2
+        if limit_s <= 0:
+            return [timed_out(call.deadline_s) if call.deadline_s <= 0 else None for call in calls]
+        asked = [replace(call, deadline_s=call.deadline_s - min(ANSWER_MARGIN_S, 0.1 * call.deadline_s)) for call in calls]
+        if hasattr(self._tool, "call_many"):
+            parts = [(asked, asyncio.create_task(self._call_many(asked)))]
+        else:
+            parts = [([call], asyncio.create_task(self._call_one(call))) for call in asked]
+        try:
+            await asyncio.wait([task for _, task in parts], timeout=limit_s)
+        finally:
+            for _, task in parts:
+                if not task.done():  # the tool has gone past its deadline, or the caller has gone
+                    task.cancel()
+                    self._overdue.append((time.monotonic() + CANCEL_PATIENCE_S, task.done))
+        results: list[ToolResult | None] = []
+        for part, task in parts:
+            if not task.done():
+                results += [timed_out(call.deadline_s) if alone else None for call in (calls if alone else part)]
+            elif task.cancelled():  # by the tool itself
+                results += [failed(self.info.name, call.argument, asyncio.CancelledError()) for call in part]
+            else:
+                results += task.result()
+        return results
+
+    async def _call_one(self, call: ToolCall) -> list[ToolResult]:
+        try:
+            return [self._sound(call, await self._tool.call(call))]
+        except (Exception, SystemExit) as error:
+            return [failed(self.info.name, call.argument, error)]
+
+    async def _call_many(self, calls: list[ToolCall]) -> list[ToolResult]:
+        try:
+            results = await self._tool.call_many(calls)
+            if len(results) != len(calls):
+                raise ValueError(f"{len(results)} results for {len(calls)} calls")
+        except (Exception, SystemExit) as error:
+            return [failed(self.info.name, call.argument, error) for call in calls]
+        return [self._sound(call, result) for call, result in zip(calls, results, strict=True)]
+
+    def _sound(self, call: ToolCall, result: object) -> ToolResult:
+        if not isinstance(result, ToolResult) or not isinstance(result.text, str):
+            return not_text(self.info.name, call.argument, result)
+        if len(result.text) > MAX_OUTPUT_CHARS:
+            return replace(result, text=result.text[:MAX_OUTPUT_CHARS], truncated=True)
+        return result
+
     async def check(self) -> None:
-        """Raises UnhealthyTool unless the tool answers its `probe` (an optional attribute: an argument) with OK."""
-        if (overdue := self._num_overdue()) >= max(1, self._max_threads // 2):
-            raise UnhealthyTool(f"{self.info.name}: {overdue} of {self._max_threads} threads run past their deadline")
+        """Raises UnhealthyTool unless the tool answers its `probe` (an optional attribute: an argument). A tool that sheds load is
+        not broken."""
+        if (overdue := self._num_overdue()) >= max(1, self._max_in_flight // 2):
+            raise UnhealthyTool(f"{self.info.name}: {overdue} of {self._max_in_flight} calls run past their deadline and do not end")
         probe = getattr(self._tool, "probe", None)
         if probe is None:
             return
-        [result] = await self.run([(probe, PROBE_TIMEOUT_S)])
-        if result.status is not ToolStatus.OK:
+        [result] = await self.run([ToolCall(self.info.name, probe, PROBE_TIMEOUT_S)])
+        assert result is not None  # a call alone always has a result
+        if result.status not in (ToolStatus.OK, ToolStatus.OVERLOADED):
             raise UnhealthyTool(f"{self.info.name}: the probe {probe!r} ended in {result.status}: {result.text}")
 
+    async def end_session(self, session: str) -> None:
+        """Lets the tool forget what it keeps for the session. Does nothing for a tool that keeps nothing."""
+        await self._optional("end_session", session)
+
+    def stats(self) -> dict[str, float]:
+        """The tool's own numbers, and `overdue`: calls past their deadline that have not ended."""
+        own = self._tool.stats() if hasattr(self._tool, "stats") else {}
+        return {**own, "overdue": float(self._num_overdue())}
+
+    async def close(self) -> None:
+        await self._optional("close")
+
+    async def _optional(self, method: str, *arguments: str) -> None:
+        function = getattr(self._tool, method, None)
+        if function is not None and inspect.isawaitable(outcome := function(*arguments)):
+            await outcome
+
     def _num_overdue(self) -> int:
-        if self._overdue:
-            self._overdue = [job for job in self._overdue if not job.finished]
-        return len(self._overdue)
+        if not self._overdue:
+            return 0
+        self._overdue = [(since, ended) for since, ended in self._overdue if not ended()]
+        now = time.monotonic()
+        return sum(since <= now for since, _ in self._overdue)
 
 
 def timed_out(deadline_s: float) -> ToolResult:

@@ -1,19 +1,29 @@
-"""Runs a tool so that every call ends in a `ToolResult`, and lists the tools that the service knows by name."""
+"""Runs a tool so that every call ends in a `ToolResult`, says what a tool is, and lists the tools that the service knows by name."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
-from tools_service.calculator import SimpleCalculatorTool
-from tools_service.protocol import Tool, ToolError, ToolResult, ToolStatus
+from tools_service.loading import LoadingError
+from tools_service.protocol import AsyncTool, Tool, ToolError, ToolResult, ToolStatus
 
 logger = logging.getLogger(__name__)
 
 MAX_OUTPUT_CHARS = 100_000
 MAX_MESSAGE_CHARS = 500
+
+LARGE = {"Wiki"}  # built-in tools that take memory and seconds to make: their mistakes show when they start
+
+Factory = Callable[[], Tool | AsyncTool]
+
+
+def _one_argument() -> dict[str, Any]:
+    return {"type": "object", "properties": {"argument": {"type": "string"}}, "required": ["argument"]}
 
 
 @dataclass(frozen=True)
@@ -22,47 +32,124 @@ class ToolInfo:
 
     idempotent: a call may be run again when it is not known whether it ran.
     max_batch: calls that one request may carry. 1, the default, for every tool that can be slow: calls that share a request
-        share a thread. More only for tools that answer in microseconds; they must be idempotent.
+        share a thread. More only for tools that answer in microseconds, or all calls of a batch at once; they must be idempotent.
+    parameters: JSON schema (an object) of the arguments.
+    cacheable: the same argument has the same answer, however often and whenever it is asked for.
+    stateful: calls of one session find what the calls before them left; they must reach the replica that holds it.
+    max_in_flight: requests at once per replica. max_replicas: the most that there can be. Both of the pool it runs in.
     """
 
     name: str
     description: str
     idempotent: bool
     max_batch: int = 1
+    parameters: dict[str, Any] = field(default_factory=_one_argument)
+    cacheable: bool = False
+    stateful: bool = False
+    max_in_flight: int = 64
+    max_replicas: int = 1
 
 
-def tool_info(tool: Tool) -> ToolInfo:
-    """The tool's own statements; `max_batch` is an optional attribute. Raises ValueError where they contradict each other."""
-    info = ToolInfo(tool.name, tool.description, tool.idempotent, getattr(tool, "max_batch", 1))
+def tool_info(tool: Tool | AsyncTool) -> ToolInfo:
+    """The tool's own statements; all but the first three are optional attributes. A tool with `end_session` is stateful unless its
+    attribute `stateful` says otherwise. Raises ValueError where they contradict each other."""
+    info = ToolInfo(
+        tool.name,
+        tool.description,
+        tool.idempotent,
+        getattr(tool, "max_batch", 1),
+        getattr(tool, "parameters", None) or _one_argument(),
+        getattr(tool, "cacheable", False),
+        bool(getattr(tool, "stateful", hasattr(tool, "end_session"))),
+    )
     if info.max_batch < 1:
         raise ValueError(f"tool {info.name}: max_batch={info.max_batch} must be 1 or more")
     if info.max_batch > 1 and not info.idempotent:
         raise ValueError(f"tool {info.name}: max_batch={info.max_batch} contradicts idempotent=False; set max_batch=1")
+    if info.max_batch > 1 and info.stateful:
+        raise ValueError(f"tool {info.name}: max_batch={info.max_batch} contradicts stateful=True; set max_batch=1")
+    if info.cacheable and info.stateful:
+        raise ValueError(f"tool {info.name}: cacheable=True contradicts stateful=True; set cacheable=False")
     return info
 
 
 def run_tool(tool: Tool, argument: str) -> ToolResult:
     """Calls the tool once. Never raises; output beyond MAX_OUTPUT_CHARS is cut and marked as truncated."""
     start = time.perf_counter()
-
-    def result(status: ToolStatus, text: str, truncated: bool = False) -> ToolResult:
-        return ToolResult(status, text, time.perf_counter() - start, truncated)
-
     try:
         output = tool(argument)
-    except ToolError as error:
+    except (Exception, SystemExit) as error:
+        return failed(tool.name, argument, error, time.perf_counter() - start)
+    if not isinstance(output, str):
+        return not_text(tool.name, argument, output, time.perf_counter() - start)
+    truncated = len(output) > MAX_OUTPUT_CHARS
+    return ToolResult(ToolStatus.OK, output[:MAX_OUTPUT_CHARS], time.perf_counter() - start, truncated)
+
+
+def failed(name: str, argument: str, error: BaseException, latency_s: float = 0.0) -> ToolResult:
+    """What a call ends in whose tool raised: a ToolError speaks for itself, of anything else the class is named."""
+    if isinstance(error, ToolError):
         # A tool cannot report an error as a success.
         status = ToolStatus.TOOL_ERROR if error.status is ToolStatus.OK else error.status
-        return result(status, str(error.message)[:MAX_MESSAGE_CHARS])
-    except (Exception, SystemExit) as error:
-        logger.warning("tool %s raised on %.200r", tool.name, argument, exc_info=True)
-        return result(ToolStatus.TOOL_ERROR, f"the tool failed with {type(error).__name__}")
-    if not isinstance(output, str):
-        logger.warning("tool %s returned %s instead of text on %.200r", tool.name, type(output).__name__, argument)
-        return result(ToolStatus.TOOL_ERROR, f"the tool returned {type(output).__name__} instead of text")
-    return result(ToolStatus.OK, output[:MAX_OUTPUT_CHARS], len(output) > MAX_OUTPUT_CHARS)
+        return ToolResult(status, str(error.message)[:MAX_MESSAGE_CHARS], latency_s)
+    logger.warning("tool %s raised on %.200r", name, argument, exc_info=error)
+    return ToolResult(ToolStatus.TOOL_ERROR, f"the tool failed with {type(error).__name__}", latency_s)
 
 
-def builtin_tools() -> dict[str, Callable[[], Tool]]:
-    """Factories of the tools that can be served by name."""
-    return {SimpleCalculatorTool.name: SimpleCalculatorTool}
+def not_text(name: str, argument: str, output: object, latency_s: float = 0.0) -> ToolResult:
+    logger.warning("tool %s returned %s instead of text on %.200r", name, type(output).__name__, argument)
+    return ToolResult(ToolStatus.TOOL_ERROR, f"the tool returned {type(output).__name__} instead of text", latency_s)
+
+
+def _calculator(**options: Any) -> Tool:
+    from tools_service.calculator import SimpleCalculatorTool
+
+    return SimpleCalculatorTool(**options)
+
+
+def _wiki(**options: Any) -> AsyncTool:
+    from tools_service.search.tool import WikiTool
+
+    return WikiTool(**options)
+
+
+def _python(**options: Any) -> AsyncTool:
+    from tools_service.sandbox.tool import PythonTool
+
+    return PythonTool(**options)
+
+
+def builtin_tools() -> dict[str, Callable[..., Tool | AsyncTool]]:
+    """What makes each tool that can be served by name; the tool's options are keyword arguments."""
+    return {"SimpleCalculatorTool": _calculator, "Wiki": _wiki, "PythonInterpreter": _python}
+
+
+def tool_factories(names: list[str], custom: Mapping[str, str], options: Mapping[str, Mapping[str, Any]]) -> dict[str, Factory]:
+    """What makes each tool of a service, in the order of `names`. Every tool but those of LARGE is made once, so that mistakes show
+    here and not in a replica. Raises ValueError with one line."""
+    known = [*builtin_tools(), *custom]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"unknown tool {unknown[0]!r} in tools.names; tools: {', '.join(known)}; name your own in tools.custom")
+    if len(set(names)) < len(names):
+        raise ValueError(f"tools.names={names} holds a name twice")
+    return {name: _factory(name, custom.get(name), dict(options.get(name, {}))) for name in names}
+
+
+def _factory(name: str, spec: str | None, options: dict[str, Any]) -> Factory:
+    factory = partial(_load, name, spec, options) if spec is not None else partial(builtin_tools()[name], **options)
+    if spec is None and name in LARGE:
+        return factory
+    where = f"tools.custom: {name}={spec!r} is not a tool" if spec is not None else f"tools.options.{name}={options}"
+    try:
+        info = tool_info(factory())
+    except (LoadingError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
+    if info.name != name:
+        raise ValueError(f"{where}: it calls itself {info.name!r}; use one name")
+    return factory
+
+
+def _load(name: str, spec: str, options: dict[str, Any]) -> Tool | AsyncTool:
+    from tools_service.adapters import load_tool
+
+    return load_tool(name, spec, options)

@@ -2,20 +2,23 @@
 
 Serve runs with RAY_SERVE_THROUGHPUT_OPTIMIZED=1. The flag is read once, when `ray.serve` is imported, in every process that
 takes part: it is set here for this process and handed to the controller and to the replicas as their runtime environment.
-Serve's HTTP proxy stays off: calls come through deployment handles.
+Serve's HTTP proxy stays off unless HTTP is asked for: calls come through deployment handles.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from tools_service.executor import Executor
-from tools_service.protocol import Tool, ToolResult
-from tools_service.runner import ToolInfo
+from tools_service.runner import Factory, tool_factories
+from tools_service.serve_replica import END_OF_REASON, START_FAILED, HttpDeployment, ToolDeployment
+
+if TYPE_CHECKING:
+    from tools_service.config import HttpConfig, PoolConfig
 
 SERVE_ENV = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -24,81 +27,65 @@ SERVE_ENV = {
 os.environ.update(SERVE_ENV)
 
 DEFAULT_APP = "tools"
-HEALTH_PERIOD_S = 10.0
-HEALTH_TIMEOUT_S = 30.0
+GATEWAY = "http"  # the deployment behind the HTTP proxy
 POLL_S = 0.1
+PROXY_TIMEOUT_S = 30.0
+DRAIN_POLL_S = 0.2  # how often a replica that drains looks whether it is idle
+LOOK_BACK_S = 3.0  # over which requests in flight are averaged
 
 
 class ServiceError(Exception):
     """The service could not be started; the message is one line that names what is missing."""
 
 
-class ToolDeployment:
-    """One replica of one tool."""
-
-    def __init__(self, factory: Callable[[], Tool], max_threads: int, siblings: tuple[Any, ...] = ()):
-        # siblings: handles that make Serve deploy the other tools as parts of the same application.
-        self._executor = Executor(factory(), max_threads)
-
-    async def describe(self) -> ToolInfo:
-        return self._executor.info
-
-    async def call_batch(self, calls: list[tuple[str, float]]) -> list[ToolResult | None]:
-        """One entry per (argument, seconds left), in order; None where the call must be sent again alone (see Executor.run)."""
-        return await self._executor.run(calls)
-
-    async def check_health(self) -> None:
-        await self._executor.check()
-
-    async def inspect(self) -> dict[str, Any]:
-        """This replica's process and how Serve runs in it, to see that the flag took effect."""
-        from ray.serve._private import constants
-
-        return {
-            "pid": os.getpid(),
-            "throughput_optimized": constants.RAY_SERVE_THROUGHPUT_OPTIMIZED,
-            "user_code_in_separate_thread": constants.RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD,
-            "direct_ingress": constants.RAY_SERVE_ENABLE_DIRECT_INGRESS,
-        }
+class ToolStartError(ServiceError):
+    """A replica's tool refused to start; the message names the tool and gives its reason."""
 
 
 def start(
-    tools: Mapping[str, Callable[[], Tool]],
+    tools: Mapping[str, Factory],
     *,
     app_name: str = DEFAULT_APP,
-    num_replicas: int = 1,
-    num_cpus: float = 0.1,
-    max_in_flight: int = 64,
+    pools: Mapping[str, PoolConfig] | None = None,
+    http: HttpConfig | None = None,
     start_timeout_s: float = 120.0,
 ) -> dict[str, Any]:
     """Deploys one deployment per tool in the Ray cluster that this process is connected to and waits until all answer.
 
-    num_cpus: per replica. max_in_flight: requests at once per replica. Returns a Serve handle per tool name.
-    Raises ServiceError within start_timeout_s, with what is missing, after removing what was deployed; names that do not fit at all
-    are refused at once.
+    pools: by tool; PoolConfig() for those it leaves out. http: also serves them there, at /. Returns a Serve handle per tool name.
+    Raises ServiceError within start_timeout_s, with what is missing, after removing what was deployed; plans that do not fit at all
+    are refused at once, and so is an application that runs already.
     """
     import ray
     from ray import serve
+
+    from tools_service.config import PoolConfig
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its notices of every start and stop
 
     if not tools:
         raise ServiceError("no tool to serve")
-    wanted = num_cpus * num_replicas * len(tools)
+    plan = {name: (pools or {}).get(name, PoolConfig()) for name in tools}
     total = ray.cluster_resources().get("CPU", 0.0)
-    if wanted > total:
-        raise ServiceError(f"{_plan(tools, num_replicas, num_cpus)}; the cluster has {total:g} in all")
+    if sum(pool.min_replicas * pool.num_cpus for pool in plan.values()) > total:
+        raise ServiceError(f"{_wanted(plan)}; the cluster has {total:g} in all")
     deadline = time.monotonic() + start_timeout_s
-    serve.start(proxy_location="Disabled", controller_options={"runtime_env": {"env_vars": SERVE_ENV}})
-    target = serve.api.RunTarget(_application(tools, num_replicas, num_cpus, max_in_flight), name=app_name, route_prefix=None)
+    _start_serve(http)
+    if _state(app_name)[0] not in ("NOT_STARTED", "DEPLOY_FAILED"):
+        raise ServiceError(f"an application {app_name!r} runs on this cluster already; stop it or choose another name")
+    application = _application(tools, plan, http is not None)
+    target = serve.api.RunTarget(application, name=app_name, route_prefix="/" if http else None)
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     while (state := _state(app_name))[0] != "RUNNING":
-        if state[0] == "DEPLOY_FAILED" or time.monotonic() > deadline:
+        failure = _start_failure(app_name)
+        if failure or state[0] == "DEPLOY_FAILED" or time.monotonic() > deadline:
             free = ray.available_resources().get("CPU", 0.0)
             shutdown(app_name)
+            if failure:
+                raise ToolStartError(failure)
             raise ServiceError(
-                f"the tools application {app_name!r} is {state[0]} after {start_timeout_s:g} s; {_plan(tools, num_replicas, num_cpus)}, "
-                f"{free:g} of {total:g} are free; {state[1]}"
+                f"the tools application {app_name!r} is {state[0]} after {start_timeout_s:g} s; {_wanted(plan)}, "
+                f"{free:g} of {total:g} are free; {state[1][-500:]}"
             )
         time.sleep(POLL_S)  # Serve offers no event to wait for
     return {name: serve.get_deployment_handle(name, app_name) for name in tools}
@@ -112,24 +99,99 @@ def shutdown(app_name: str = DEFAULT_APP, *, wait: bool = True) -> None:
         serve.delete(app_name, _blocking=wait)
 
 
-def _application(tools: Mapping[str, Callable[[], Tool]], num_replicas: int, num_cpus: float, max_in_flight: int) -> Any:
+def running(app_name: str = DEFAULT_APP) -> list[str]:
+    """The tools that the application serves. Raises ServiceError where it does not run."""
+    from ray import serve
+
+    application = serve.status().applications.get(app_name)
+    if application is None or application.status.value != "RUNNING":
+        state = "not there" if application is None else str(application.status.value)
+        others = ", ".join(serve.status().applications) or "none"
+        raise ServiceError(f"the tools application {app_name!r} is {state} on this cluster (applications: {others}); start it first")
+    return sorted(name for name in application.deployments if name != GATEWAY)
+
+
+def app(args: dict[str, Any]) -> Any:
+    """The application for a Serve config file (`import_path: tools_service.serve_app:app`); args: a ServiceConfig with `http`."""
+    from tools_service.config import parse
+
+    config = parse(args, "args")
+    tools = tool_factories(config.names, config.custom, config.options)
+    return _application(tools, {name: config.pool(name) for name in config.names}, config.http is not None)
+
+
+def _start_serve(http: HttpConfig | None) -> None:
+    """Starts Serve on the cluster unless it runs. Raises ServiceError where it runs without the HTTP proxy that is asked for."""
+    from ray import serve
+
+    environment = {"runtime_env": {"env_vars": SERVE_ENV}}
+    if http is None:
+        serve.start(proxy_location="Disabled", controller_options=environment)
+        return
+    asked = {"host": http.host, "port": http.port}
+    serve.start(proxy_location="HeadOnly", http_options=asked, controller_options=environment)
+    there = serve.context._get_global_client().http_config  # what Serve on this cluster was started with first
+    if there.location in ("NoServer", "Disabled"):
+        raise ServiceError("Serve runs on this cluster without its HTTP proxy already; end it there (serve shutdown) or leave http out")
+    if (there.host, there.port) != (http.host, http.port):
+        raise ServiceError(f"Serve's HTTP proxy runs at {there.host}:{there.port} on this cluster already; ask for that address")
+    deadline = time.monotonic() + PROXY_TIMEOUT_S
+    while not any(str(status.value) == "HEALTHY" for status in serve.status().proxies.values()):
+        if time.monotonic() > deadline:
+            raise ServiceError(f"Serve's HTTP proxy does not come up at {http.host}:{http.port}; is the port taken? choose another")
+        time.sleep(POLL_S)
+
+
+def _application(tools: Mapping[str, Factory], plan: Mapping[str, PoolConfig], with_http: bool) -> Any:
     from ray import serve
 
     def bind(name: str, siblings: tuple[Any, ...] = ()) -> Any:
-        deployment = serve.deployment(
-            ToolDeployment,
-            name=name,
-            num_replicas=num_replicas,
-            max_ongoing_requests=max_in_flight,
-            ray_actor_options={"num_cpus": num_cpus, "runtime_env": {"env_vars": SERVE_ENV}},
-            health_check_period_s=HEALTH_PERIOD_S,
-            health_check_timeout_s=HEALTH_TIMEOUT_S,
-            graceful_shutdown_wait_loop_s=0.2,  # how often a replica that drains looks whether it is idle
-        )
-        return deployment.bind(tools[name], max_in_flight, siblings)
+        pool = plan[name]
+        deployment = serve.deployment(ToolDeployment, name=name, **_options(pool))
+        return deployment.bind(tools[name], pool.max_in_flight, pool.most_replicas, siblings)
 
+    if with_http:
+        gateway = serve.deployment(
+            serve.ingress()(HttpDeployment),
+            name=GATEWAY,
+            max_ongoing_requests=1000,
+            ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": SERVE_ENV}},
+        )
+        return gateway.bind(list(tools), tuple(bind(name) for name in tools))
     first, *others = tools
     return bind(first, tuple(bind(name) for name in others))
+
+
+def _options(pool: PoolConfig) -> dict[str, Any]:
+    """A pool in Serve's words."""
+    from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+
+    actor: dict[str, Any] = {"num_cpus": pool.num_cpus, "resources": pool.resources, "runtime_env": {"env_vars": SERVE_ENV}}
+    if pool.memory_bytes is not None:
+        actor["memory"] = pool.memory_bytes
+    options: dict[str, Any] = {
+        "ray_actor_options": actor,
+        "max_ongoing_requests": pool.max_in_flight,
+        "max_queued_requests": pool.max_queued,
+        "health_check_period_s": pool.health_period_s,
+        "health_check_timeout_s": pool.health_timeout_s,
+        "graceful_shutdown_timeout_s": pool.drain_s,
+        "graceful_shutdown_wait_loop_s": DRAIN_POLL_S,
+    }
+    if pool.most_replicas > 1:
+        options["request_router_config"] = RequestRouterConfig(request_router_class="tools_service.serve_router.SessionRouter")
+    if pool.most_replicas == pool.min_replicas:
+        return options | {"num_replicas": pool.min_replicas}
+    options["autoscaling_config"] = AutoscalingConfig(
+        min_replicas=pool.min_replicas,
+        max_replicas=pool.most_replicas,
+        target_ongoing_requests=pool.target_in_flight or pool.max_in_flight / 2,
+        upscale_delay_s=pool.upscale_delay_s,
+        downscale_delay_s=pool.downscale_delay_s,
+        look_back_period_s=LOOK_BACK_S,
+        metrics_interval_s=1.0,  # pools follow the load within seconds
+    )
+    return options
 
 
 def _state(app_name: str) -> tuple[str, str]:
@@ -140,9 +202,20 @@ def _state(app_name: str) -> tuple[str, str]:
     if application is None:
         return "NOT_STARTED", "Serve has not taken the application up"
     messages = [f"{name}: {d.message}" for name, d in application.deployments.items() if d.message]
-    return str(application.status.value), " ".join(" ".join([application.message, *messages]).split())[:500]
+    return str(application.status.value), " ".join(" ".join([application.message, *messages]).split())
 
 
-def _plan(tools: Mapping[str, Callable[[], Tool]], num_replicas: int, num_cpus: float) -> str:
-    wanted = num_cpus * num_replicas * len(tools)
-    return f"the tools need {wanted:g} CPUs ({len(tools)} tools, {num_replicas} replicas each, {num_cpus:g} CPUs a replica)"
+def _start_failure(app_name: str) -> str | None:
+    """`tool NAME does not start: ITS REASON`, as soon as one replica's tool has refused."""
+    from ray import serve
+
+    application = serve.status().applications.get(app_name)
+    for name, deployment in application.deployments.items() if application else ():
+        if found := re.search(f"{START_FAILED}(.*?){re.escape(END_OF_REASON)}", " ".join(deployment.message.split())):
+            return f"tool {name} does not start: {found[1]}"
+    return None
+
+
+def _wanted(plan: Mapping[str, PoolConfig]) -> str:
+    parts = ", ".join(f"{name} {pool.min_replicas} x {pool.num_cpus:g}" for name, pool in plan.items())
+    return f"the tools need {sum(pool.min_replicas * pool.num_cpus for pool in plan.values()):g} CPUs ({parts})"

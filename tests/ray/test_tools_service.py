@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-import uuid
 from collections import Counter
 from pathlib import Path
 
@@ -89,12 +88,9 @@ def config(**options) -> ToolsConfig:
 
 
 @pytest.fixture(scope="module")
-def service():
-    ray.init(address="local", num_cpus=2, include_dashboard=False, namespace=f"tools-{uuid.uuid4().hex}", log_to_driver=False)
-    try:
-        yield serve_app.start(_scripted(), app_name=APP, start_timeout_s=TIMEOUT_S)
-    finally:
-        ray.shutdown()
+def service(cluster):
+    yield serve_app.start(_scripted(), app_name=APP, start_timeout_s=TIMEOUT_S)
+    serve_app.shutdown(APP)
 
 
 @pytest.fixture(scope="module")
@@ -151,11 +147,11 @@ def test_a_hung_call_is_released_at_its_deadline_and_costs_other_calls_nothing(c
 
 
 def test_past_the_queue_bound_calls_are_overloaded_and_the_service_recovers(service):
-    caller = _caller().remote(APP, config(max_queued=100))
+    caller = _caller().remote(APP, config(max_queued=1000))
     ray.get(caller.connect.remote(), timeout=TIMEOUT_S)
-    results = ask(caller, *((CALCULATOR, "1+1") for _ in range(2000)))
+    results = ask(caller, *((CALCULATOR, "1+1") for _ in range(10_000)))
     counts = Counter(r.status for r in results)
-    assert set(counts) == {ToolStatus.OK, ToolStatus.OVERLOADED} and counts[ToolStatus.OK] >= 100
+    assert set(counts) == {ToolStatus.OK, ToolStatus.OVERLOADED} and counts[ToolStatus.OK] >= 1000
     assert [r.status for r in ask(caller, (CALCULATOR, "1+1"))] == [ToolStatus.OK]
 
 
@@ -210,10 +206,10 @@ def test_a_second_application_comes_and_goes_without_touching_the_first(caller):
 
 
 def test_wrong_names_and_plans_that_do_not_fit_are_refused_with_what_is_missing(caller):
-    with pytest.raises(ConfigError, match=r"unknown tool 'Wiki' in tools\.names; tools: SimpleCalculatorTool"):
-        start_tools(ToolsConfig(names=["Wiki"]), "other")
-    with pytest.raises(PlacementError, match=r"need 6 CPUs \(1 tools, 3 replicas each, 2 CPUs a replica\); the cluster has 2 in all"):
+    with pytest.raises(ConfigError, match=r"unknown tool 'Wikipedia' in tools\.names; tools: SimpleCalculatorTool"):
+        start_tools(ToolsConfig(names=["Wikipedia"]), "other")
+    with pytest.raises(PlacementError, match=r"need 6 CPUs \(SimpleCalculatorTool 3 x 2\); the cluster has 4 in all"):
         start_tools(ToolsConfig(num_replicas=3, num_cpus=2), "other")
-    with pytest.raises(PlacementError, match=r"after 3 s; the tools need 2 CPUs .* of 2 are free"):
-        start_tools(ToolsConfig(num_replicas=2, num_cpus=1, start_timeout_s=3), "other")
+    with pytest.raises(PlacementError, match=r"after 3 s; the tools need 4 CPUs .* of 4 are free"):
+        start_tools(ToolsConfig(num_replicas=2, num_cpus=2, start_timeout_s=3), "other")
     assert [r.text for r in ask(caller, (CALCULATOR, "2*3"))] == ["6"]

@@ -22,9 +22,11 @@ ALLOWED = {
         "toolrl_ray/rollout/pool.py",
         "toolrl_ray/learner/actor.py",
         "toolrl_ray/learner/group.py",
-        "toolrl_ray/tools/serve_client.py",
         "toolrl_ray/weights/client.py",
         "tools_service/serve_app.py",
+        "tools_service/serve_handles.py",
+        "tools_service/serve_replica.py",
+        "tools_service/serve_router.py",
     },
     "vllm": {
         "toolrl_ray/rollout/vllm_engine.py",
@@ -32,7 +34,7 @@ ALLOWED = {
         "toolrl_ray/weights/trainer.py",
     },
     "deepspeed": {"toolrl_ray/learner/deepspeed_engine.py"},
-    "pyserini": set(),
+    "pyserini": {"tools_service/search/searcher.py"},
 }
 
 
@@ -82,7 +84,7 @@ def loaded_by(statement: str) -> set[str]:
 def import_all(package: str) -> str:
     files = (ROOT / package.replace(".", "/")).rglob("*.py")
     names = sorted(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in files)
-    return "import " + ", ".join(name for name in names if not name.endswith("serve_app"))
+    return "import " + ", ".join(name for name in names if not name.endswith(("serve_app", "serve_router")))
 
 
 HEAVY = {"ray", "vllm", "deepspeed", "pyserini", "wandb", "transformers"}

@@ -7,6 +7,7 @@ the next turn starts; a submit, an EOS or a limit ends the episode. Every outcom
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import time
 from dataclasses import dataclass
@@ -72,12 +73,16 @@ async def run_episode(
     Raises what `generate` raises (the harness failed: the episode has to be run again). What a tool does never raises:
     a tool that fails, stalls or breaks costs a call, and its status says so.
     """
-    episode = _Episode(Ledger(codec.encode_prompt(prompt), prompt), generate, call_tool, codec, call_format, limits, temperature)
+    ledger = Ledger(codec.encode_prompt(prompt), prompt)
+    episode = _Episode(request.episode_id, ledger, generate, call_tool, codec, call_format, limits, temperature)
     started = time.monotonic()
     episode.deadline = started + limits.episode_deadline_s
-    while episode.ledger.stop_reason is None:
-        await episode.turn()
-    ledger = episode.ledger
+    try:
+        while ledger.stop_reason is None:
+            await episode.turn()
+    finally:
+        if (end_session := getattr(call_tool, "end_session", None)) is not None:  # also of an episode that is cancelled
+            end_session(request.episode_id)
     return Trajectory(
         request=request,
         token_ids=ledger.token_ids,
@@ -92,9 +97,15 @@ async def run_episode(
     )
 
 
+def call_seed(episode_id: str, number: int) -> int:
+    """Of the episode's call with this number, counted from 1: the same in every process and run, below 2**32."""
+    return int.from_bytes(hashlib.blake2b(f"{episode_id}/{number}".encode(), digest_size=4).digest())
+
+
 class _Episode:
     def __init__(
         self,
+        episode_id: str,
         ledger: Ledger,
         generate: GenerateFn,
         call_tool: CallToolFn,
@@ -103,6 +114,7 @@ class _Episode:
         limits: Limits,
         temperature: float,
     ):
+        self.episode_id = episode_id
         self.ledger = ledger
         self.generate = generate
         self.call_tool = call_tool
@@ -112,6 +124,7 @@ class _Episode:
         self.temperature = temperature
         self.tool_calls: list[ToolCallRecord] = []
         self.num_turns = 0
+        self.num_calls = 0
         self.deadline = 0.0  # on the monotonic clock
 
     def left_s(self) -> float:
@@ -162,9 +175,11 @@ class _Episode:
     async def _run_call(self, call: RequestedCall) -> ToolResult:
         budget_s = min(self.limits.tool_deadline_s, self.left_s())
         started = time.monotonic()
+        self.num_calls += 1
+        seed = call_seed(self.episode_id, self.num_calls)
         try:
             async with asyncio.timeout(budget_s):
-                return await self.call_tool(ToolCall(call.tool, call.argument, budget_s))
+                return await self.call_tool(ToolCall(call.tool, call.argument, budget_s, self.episode_id, seed))
         except TimeoutError:
             return ToolResult(ToolStatus.TIMEOUT, f"no answer within {budget_s:.3g} s", time.monotonic() - started)
         except Exception as error:  # the harness, not the tool: shown as UNAVAILABLE, with no text of ours

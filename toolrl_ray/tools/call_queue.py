@@ -8,6 +8,7 @@
   that would have to wait share a request, up to the tool's `max_batch`.
 - A request whose callers have all gone is cancelled.
 - What must run again runs alone, in slots of its own: a call that stalls or kills its replica takes no other call with it.
+- A call of a session of a stateful tool travels alone and is never run again.
 """
 
 from __future__ import annotations
@@ -18,42 +19,37 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
-from tools_service.protocol import ToolResult, ToolStatus
+from tools_service.protocol import ToolCall, ToolResult, ToolStatus
 from tools_service.runner import ToolInfo
+from tools_service.serve_handles import TransportError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-BATCHES_IN_FLIGHT = 2  # per tool: one that runs, others on the wire; more would only make the batches smaller
+BATCHES_IN_FLIGHT = 2  # per replica: one that runs, others on the wire; more would only make the batches smaller
 SLOW_S = 0.2  # after which a request no longer holds a slot of the batches; more than the service takes to break a batch up
 MAX_TRIES = 3
 BACKOFF_S = 0.1  # before try n+1: 2**n times this, times a random factor in [0.5, 1.5)
 
 
-class TransportError(Exception):
-    """A request failed on its way. not_started: it certainly never reached the tool. The reason may be shown to the policy."""
-
-    def __init__(self, reason: str, not_started: bool = False):
-        super().__init__(reason, not_started)
-        self.reason, self.not_started = reason, not_started
-
-
 class Transport(Protocol):
-    """What carries requests. Both methods raise TransportError and are cancelled when nobody waits for them any more."""
+    """What carries requests; `describe` and `send` raise TransportError and are cancelled when nobody waits for them any more."""
 
     async def describe(self, tool: str) -> ToolInfo: ...
 
-    async def send(self, tool: str, calls: list[tuple[str, float]]) -> list[ToolResult | None]:
-        """One entry per (argument, seconds left), in order. None: that call must be sent again alone."""
+    async def send(self, tool: str, calls: list[ToolCall]) -> list[ToolResult | None]:
+        """One entry per call, in order; deadlines count from now. None: that call must be sent again alone."""
         ...
+
+    def end_session(self, tool: str, name: str) -> None: ...
 
 
 @dataclass(eq=False)
 class PendingCall:
-    argument: str
+    call: ToolCall
     deadline: float  # of the event loop's clock
     future: asyncio.Future[ToolResult]
     tries: int = 0
@@ -63,11 +59,11 @@ class PendingCall:
         if not self.future.done():
             self.future.set_result(result)
 
-    def expire(self, deadline_s: float) -> None:
+    def expire(self) -> None:
         if self.failure:
             self.settle(ToolResult(ToolStatus.UNAVAILABLE, f"tool unavailable: {self.failure}"))
         else:
-            self.settle(ToolResult(ToolStatus.TIMEOUT, f"no answer within {deadline_s:.3g} s"))
+            self.settle(ToolResult(ToolStatus.TIMEOUT, f"no answer within {self.call.deadline_s:.3g} s"))
 
 
 @dataclass
@@ -78,9 +74,10 @@ class _Slot:
 class CallQueue:
     """The waiting calls and the requests in flight of one tool."""
 
-    def __init__(self, name: str, transport: Transport, max_in_flight: int, counts: Counter[str]):
-        self._name, self._transport, self._max_in_flight, self._counts = name, transport, max_in_flight, counts
-        self._info: ToolInfo | None = None
+    def __init__(self, name: str, transport: Transport, counts: Counter[str]):
+        self._name, self._transport, self._counts = name, transport, counts
+        self.info: ToolInfo | None = None  # once the service has been asked
+        self._max_in_flight = 1
         self._live: set[PendingCall] = set()
         self._waiting: dict[PendingCall, None] = {}  # in order of arrival; a call that ends while it waits is taken out at once
         self._again: dict[PendingCall, None] = {}
@@ -104,7 +101,7 @@ class CallQueue:
         self._again.pop(item, None)
 
     async def connect(self) -> None:
-        if self._info is None and not self._learning:
+        if self.info is None and not self._learning:
             self._learning = True
             await self._learn()
 
@@ -124,14 +121,15 @@ class CallQueue:
         if not self._pump_scheduled:
             return
         self._pump_scheduled = False
-        if self._info is None:
+        if self.info is None:
             if self._live and not self._learning:
                 self._learning = True
                 self._spawn(self._learn())
             return
-        coalesces = self._info.max_batch > 1
-        slots = min(BATCHES_IN_FLIGHT, self._max_in_flight) if coalesces else self._max_in_flight
-        self._fill(self._waiting, self._info.max_batch, slots)
+        coalesces = self.info.max_batch > 1
+        self._max_in_flight = self.info.max_in_flight * self.info.max_replicas
+        slots = min(BATCHES_IN_FLIGHT * self.info.max_replicas, self._max_in_flight) if coalesces else self._max_in_flight
+        self._fill(self._waiting, self.info.max_batch, slots)
         self._fill(self._again, 1, self._max_in_flight)
 
     def _fill(self, waiting: dict[PendingCall, None], size: int, slots: int) -> None:
@@ -152,7 +150,7 @@ class CallQueue:
         try:
             for attempt in range(MAX_TRIES):
                 try:
-                    self._info = await self._outcome(asyncio.ensure_future(self._transport.describe(self._name)))
+                    self.info = await self._outcome(asyncio.ensure_future(self._transport.describe(self._name)))
                     return
                 except TransportError as error:
                     reason = error.reason
@@ -205,7 +203,7 @@ class CallQueue:
         if len(batch) > 1:
             self._counts["coalesced_requests"] += 1
             self._counts["coalesced_calls"] += len(batch)
-        calls = [(item.argument, max(0.0, item.deadline - now)) for item in batch]
+        calls = [self._as_sent(item, now) for item in batch]
         request = asyncio.ensure_future(self._transport.send(self._name, calls))
         num_live = len(live)
 
@@ -218,6 +216,12 @@ class CallQueue:
         for item in live:
             item.future.add_done_callback(one_gone)
         return await self._outcome(request)
+
+    def _as_sent(self, item: PendingCall, now: float) -> ToolCall:
+        """The call with what is left of its deadline; without the session where the tool keeps none."""
+        assert self.info is not None
+        session = item.call.session if self.info.stateful else None
+        return replace(item.call, deadline_s=max(0.0, item.deadline - now), session=session)
 
     async def _outcome(self, request: asyncio.Future[T]) -> T:
         """What the transport answers. Whatever else happens to the request, a defect included, is a TransportError."""
@@ -239,12 +243,16 @@ class CallQueue:
         if item.future.done():
             return
         item.tries += 1
-        assert self._info is not None
-        may_repeat = self._info.idempotent or error.not_started
+        assert self.info is not None
+        in_session = self.info.stateful and item.call.session is not None
+        may_repeat = error.not_started or (self.info.idempotent and not in_session)
+        if error.overloaded:
+            return item.settle(ToolResult(ToolStatus.OVERLOADED, error.reason))
         if not may_repeat or item.tries >= MAX_TRIES:
             item.settle(ToolResult(ToolStatus.UNAVAILABLE, f"tool unavailable: {error.reason}"))
             return
         self._counts["retries"] += 1
+        self._counts[f"{self._name}/retries"] += 1
         item.failure = error.reason
         asyncio.get_running_loop().call_later(_backoff_s(item.tries - 1), self._requeue, item)
 

@@ -1,48 +1,59 @@
-"""The client of the tools, for one event loop: names, deadlines, the queue bound, counts. Knows no Ray; see call_queue.py for
-how calls travel. Tools do not wait for each other: each has its own queue, bound and slots.
+"""The client of the tools, for one event loop: names, deadlines, the queue bound, the cache, counts. Knows no Ray; see call_queue.py
+for how calls travel. Tools do not wait for each other: each has its own queue, bound and slots.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import replace
 
 from toolrl_ray.tools.call_queue import CallQueue, PendingCall, Transport
+from toolrl_ray.tools.stats import count_call
 from tools_service.protocol import ToolCall, ToolResult, ToolStatus
 
 
 class Dispatcher:
     """A `CallToolFn` over a transport. Every call ends in exactly one ToolResult; none raises but for the caller's own cancellation.
 
-    names: the tools that may be called. max_in_flight: requests in flight at once per tool.
-    max_queued: calls per tool that may wait for a slot, beyond which a call is answered OVERLOADED at once.
+    names: the tools that may be called. max_queued: calls per tool that may wait for a slot, beyond which a call is answered
+    OVERLOADED at once. cache_size: results kept of tools that always answer alike, of all tools together; 0 keeps none.
+    A session belongs to the calls that name it until `end_session`; only a stateful tool is told of it.
     """
 
-    def __init__(self, transport: Transport, names: Iterable[str], *, max_in_flight: int, max_queued: int):
+    def __init__(self, transport: Transport, names: Iterable[str], *, max_queued: int, cache_size: int = 0):
         self._counts: Counter[str] = Counter()
-        self._queues = {name: CallQueue(name, transport, max_in_flight, self._counts) for name in names}
+        self._transport = transport
+        self._queues = {name: CallQueue(name, transport, self._counts) for name in names}
         self._max_queued = max_queued
+        self._cache_size = cache_size
+        self._cache: OrderedDict[tuple[str, str], ToolResult] = OrderedDict()  # (tool, argument), the last used last
 
     async def __call__(self, call: ToolCall) -> ToolResult:
         start = time.perf_counter()  # uvloop's clock counts whole milliseconds
-        result = await self._answer(call, asyncio.get_running_loop())
-        self._counts["calls"] += 1
-        self._counts[f"status/{result.status}"] += 1
-        return replace(result, latency_s=time.perf_counter() - start)
-
-    async def _answer(self, call: ToolCall, loop: asyncio.AbstractEventLoop) -> ToolResult:
         queue = self._queues.get(call.tool)
         if queue is None:
-            return unknown_tool(call.tool, self._queues)
+            result = unknown_tool(call.tool, self._queues)
+        elif (kept := self._look_up(call)) is not None:
+            result = kept
+        else:
+            result = await self._answer(queue, call, asyncio.get_running_loop())
+            self._keep(queue, call, result)
+            if result.status is ToolStatus.UNAVAILABLE and call.session is not None:
+                self._transport.end_session(call.tool, call.session)  # lost: the next call starts anew
+        result = replace(result, latency_s=time.perf_counter() - start)
+        count_call(self._counts, call.tool if queue else "unknown", result.status, result.latency_s)
+        return result
+
+    async def _answer(self, queue: CallQueue, call: ToolCall, loop: asyncio.AbstractEventLoop) -> ToolResult:
         if call.deadline_s <= 0:
             return ToolResult(ToolStatus.TIMEOUT, "the deadline had passed before the call")
         if queue.is_full(self._max_queued):
             return ToolResult(ToolStatus.OVERLOADED, f"{self._max_queued} calls are waiting already")
-        item = PendingCall(call.argument, loop.time() + call.deadline_s, loop.create_future())
-        timer = loop.call_at(item.deadline, item.expire, call.deadline_s)
+        item = PendingCall(call, loop.time() + call.deadline_s, loop.create_future())
+        timer = loop.call_at(item.deadline, item.expire)
         queue.add(item)
         try:
             return await item.future  # cancelled together with its caller
@@ -50,10 +61,33 @@ class Dispatcher:
             timer.cancel()
             queue.forget(item)
 
+    def _look_up(self, call: ToolCall) -> ToolResult | None:
+        result = self._cache.get((call.tool, call.argument))
+        if result is not None:
+            self._cache.move_to_end((call.tool, call.argument))
+            self._counts[f"{call.tool}/cache_hits"] += 1
+        return result
+
+    def _keep(self, queue: CallQueue, call: ToolCall, result: ToolResult) -> None:
+        if not self._cache_size or queue.info is None or not queue.info.cacheable:
+            return
+        self._counts[f"{call.tool}/cache_misses"] += 1
+        if result.status is ToolStatus.OK:
+            self._cache[call.tool, call.argument] = result
+            if len(self._cache) > self._cache_size:
+                self._cache.popitem(last=False)
+
+    def end_session(self, session: str) -> None:
+        """The calls of this session are over: the replicas that keep something for it forget it, in the background."""
+        for name, queue in self._queues.items():
+            if queue.info is not None and queue.info.stateful:
+                self._transport.end_session(name, session)
+
     def stats(self) -> dict[str, int]:
-        """Counts since the start: calls, status/<ToolStatus>, requests, coalesced_requests, coalesced_calls, broken_batches, retries."""
+        """Counts since the start, which can be added up over clients: calls, status/<ToolStatus>, requests, coalesced_requests,
+        coalesced_calls, broken_batches, retries, and by tool NAME/calls, NAME/status/..., NAME/retries, NAME/cache_hits ..."""
         names = ("calls", "requests", "coalesced_requests", "coalesced_calls", "broken_batches", "retries")
-        return {name: self._counts[name] for name in names} | {k: v for k, v in self._counts.items() if k.startswith("status/")}
+        return {name: self._counts[name] for name in names} | {key: value for key, value in self._counts.items() if "/" in key}
 
     async def connect(self) -> None:
         """Asks for every tool's description now instead of within the deadline of its first call. Optional; never raises:

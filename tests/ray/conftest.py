@@ -1,0 +1,28 @@
+"""One local cluster for all tests of this folder: starting Ray and Serve takes longer than most of them."""
+
+from __future__ import annotations
+
+import socket
+import uuid
+
+import pytest
+import ray
+
+from tools_service import serve_app
+from tools_service.config import HttpConfig
+
+NUM_CPUS = 4  # as Ray counts them, whatever the machine has
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """Serve runs on it with its HTTP proxy, which is on loopback; the value is where."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        http = HttpConfig(port=free.getsockname()[1])
+    ray.init(address="local", num_cpus=NUM_CPUS, include_dashboard=False, namespace=f"tools-{uuid.uuid4().hex}", log_to_driver=False)
+    try:
+        serve_app._start_serve(http)
+        yield http
+    finally:
+        ray.shutdown()

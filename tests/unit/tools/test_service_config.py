@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from toolrl_ray import placement
+from toolrl_ray.config import RunConfig, ToolsConfig
+from toolrl_ray.errors import ConfigError, PlacementError
+from toolrl_ray.recipe import load as load_recipe
+from toolrl_ray.tools.local import LocalTools, tool_factories
+from tools_service.config import ServiceConfigError, load, parse
+from tools_service.runner import tool_info
+
+CALCULATOR = "SimpleCalculatorTool"
+
+
+def test_a_service_is_read_from_its_file(tmp_path):
+    path = tmp_path / "service.yaml"
+    path.write_text(f"app: shared\npools: {{{CALCULATOR}: {{min_replicas: 2, max_replicas: 4}}}}\nhttp: {{port: 8100}}\n")
+    config = load(path)
+    assert (config.app, config.names, config.http.host, config.http.port) == ("shared", [CALCULATOR], "127.0.0.1", 8100)
+    assert (config.pool(CALCULATOR).min_replicas, config.pool(CALCULATOR).most_replicas) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"name": ["A"]}, "F: unknown key 'name' (value ['A'])"),
+        ({"names": []}, "F: names: List should have at least 1 item"),
+        ({"names": ["A", "A"]}, "F: names=['A', 'A'] holds a name twice"),
+        ({"names": ["A"], "pools": {"B": {}}}, "F: pools.B contradicts names=['A']: no such tool"),
+        ({"names": ["A"], "pools": {"A": {"min_replicas": 3, "max_replicas": 2}}}, "F: pools.A: max_replicas=2 contradicts min_replicas=3"),
+        ({"names": ["A"], "pools": {"A": {"target_in_flight": 2}}}, "F: pools.A: target_in_flight=2 contradicts max_replicas=1"),
+        (
+            {"names": ["A"], "pools": {"A": {"max_replicas": 2, "target_in_flight": 9, "max_in_flight": 8}}},
+            "F: pools.A: target_in_flight=9 contradicts max_in_flight=8",
+        ),
+        ({"names": ["A"], "pools": {"A": {"num_cpus": 0}}}, "F: pools.A.num_cpus=0: Input should be greater than 0"),
+        ({"names": ["A"], "http": {"port": 70000}}, "F: http.port=70000: Input should be less than or equal to 65535"),
+    ],
+)
+def test_a_mistake_in_a_service_is_one_line_with_place_and_value(tree, message):
+    with pytest.raises(ServiceConfigError) as error:
+        parse(tree, "F")
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["- a", "a: [", "\xff"])
+def test_a_file_that_is_no_service_is_refused_by_name(tmp_path, text):
+    path = tmp_path / "service.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ServiceConfigError, match=str(path)):
+        load(path)
+    with pytest.raises(ServiceConfigError, match="cannot be read: No such file"):
+        load(tmp_path / "none.yaml")
+
+
+def test_the_old_keys_are_the_defaults_of_every_pool():
+    config = ToolsConfig(names=["A", "B"], num_replicas=2, num_cpus=0.5, max_in_flight=8, pools={"B": {"max_replicas": 5, "num_cpus": 1}})
+    pools = [config.pool("A"), config.pool("B")]
+    assert [(p.min_replicas, p.most_replicas, p.num_cpus, p.max_in_flight) for p in pools] == [(2, 2, 0.5, 8), (2, 5, 1, 8)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["tools.pools.Other.num_cpus=1"], f"tools.pools.Other contradicts tools.names=['{CALCULATOR}']"),
+        (["tools.names=[A, A]"], "tools.names=['A', 'A'] holds a name twice"),
+        (["tools.num_replicas=3", f"tools.pools.{CALCULATOR}.max_replicas=2"], f"tools.pools.{CALCULATOR}: max_replicas=2 contradicts"),
+        (["tools.app=shared", "tools.custom.Mine=mine.py:Mine"], "tools.app='shared' contradicts tools.custom={'Mine': "),
+        (["tools.cache_size=-1"], "tools.cache_size=-1: input should be greater than or equal to 0"),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_one_line_with_place_and_value(overrides, message):
+    with pytest.raises(ConfigError) as error:
+        load_recipe("calculator", overrides)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_files_are_named_absolutely_and_mcp_servers_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    custom = {"Mine": "tools/mine.py:Mine", "Files": "mcp:python server.py --root /data", "Other": "package.module:Other"}
+    resolved = ToolsConfig(custom=custom).custom
+    assert resolved == custom | {"Mine": f"{tmp_path}/tools/mine.py:Mine"}
+
+
+def test_the_plan_counts_what_the_pools_ask_for_at_least_and_nothing_for_a_shared_service():
+    pools = {"Wiki": {"min_replicas": 2, "max_replicas": 8, "num_cpus": 2}}
+    config = RunConfig.model_validate({"recipe": "t", "tools": {"names": [CALCULATOR, "Wiki"], "pools": pools}})
+    with pytest.raises(PlacementError, match=r"5.6 CPUs are needed \(rollout 1, learner 0.5, tools 4.1\) and 2 are there"):
+        placement.check(placement.plan(config), {"CPU": 2.0}, [{"CPU": 2.0}])
+    shared = RunConfig.model_validate({"recipe": "t", "tools": {"names": ["Wiki"], "app": "shared"}})
+    assert [share.section for share in placement.plan(shared)] == ["rollout", "learner"]
+
+
+def test_tools_of_a_running_service_are_made_by_nobody_here_and_refused_in_process():
+    config = ToolsConfig(names=["Wiki"], app="shared")
+    assert tool_factories(config) == {}
+    with pytest.raises(ConfigError, match=r"tools\.app='shared' names a service on a Ray cluster"):
+        LocalTools(config)
+
+
+def test_a_tool_of_ones_own_is_made_with_its_options(tmp_path):
+    (tmp_path / "shout.py").write_text(
+        "class Shout:\n    name, description, idempotent = 'Shout', 'loud', True\n"
+        "    def __init__(self, mark='!'):\n        self.mark = mark\n"
+        "    def __call__(self, argument):\n        return argument.upper() + self.mark\n"
+    )
+    config = ToolsConfig(names=["Shout"], custom={"Shout": f"{tmp_path}/shout.py:Shout"}, options={"Shout": {"mark": "?"}})
+    assert tool_factories(config)["Shout"]()("hey") == "HEY?"
+    wrong = ToolsConfig(names=["Shout"], custom=config.custom, options={"Shout": {"marks": "?"}})
+    with pytest.raises(ConfigError, match="unexpected keyword argument 'marks'"):
+        tool_factories(wrong)
+
+
+@pytest.mark.parametrize(
+    ("statements", "message"),
+    [
+        ({"max_batch": 2, "idempotent": False}, "max_batch=2 contradicts idempotent=False"),
+        ({"max_batch": 2, "stateful": True}, "max_batch=2 contradicts stateful=True"),
+        ({"cacheable": True, "end_session": print}, "cacheable=True contradicts stateful=True"),
+    ],
+)
+def test_statements_of_a_tool_that_contradict_each_other_are_refused(statements, message):
+    with pytest.raises(ValueError, match=message):
+        tool_info(type("T", (), {"name": "T", "description": "", "idempotent": True, **statements})())
+
+
+def test_an_unknown_key_of_a_pool_is_refused():
+    with pytest.raises(ValidationError, match="replicas"):
+        ToolsConfig(pools={CALCULATOR: {"replicas": 2}})

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from toolrl_ray.tools.stats import BUCKET_FACTOR, count_call, tool_metrics
+from tools_service.protocol import ToolStatus
+
+
+def counted(*latencies_s: float, tool: str = "T") -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for latency_s in latencies_s:
+        count_call(counts, tool, ToolStatus.OK, latency_s)
+    return counts
+
+
+@pytest.mark.parametrize("latency_s", [0.0001, 0.003, 0.7, 30.0])
+def test_a_percentile_is_right_within_its_bucket(latency_s):
+    metrics = tool_metrics(counted(*[latency_s] * 10), {})
+    assert latency_s <= metrics["tools/T/latency_s_p50"] * 1.0001 <= latency_s * BUCKET_FACTOR * 1.001
+
+
+def test_percentiles_of_many_clients_come_from_their_sums():
+    metrics = tool_metrics(counted(*[0.01] * 60) + counted(*[0.01] * 30, *[1.0] * 10), {})
+    assert metrics["tools/T/latency_s_p50"] < 0.0111
+    assert metrics["tools/T/latency_s_p95"] > 0.99
+
+
+def test_a_tools_metrics_are_of_the_step_and_the_clients_of_the_run():
+    before = counted(0.1, 0.1) + Counter({"T/cache_hits": 5, "T/cache_misses": 5, "T/retries": 1, "retries": 1, "requests": 2})
+    after = before + counted(0.1, 0.1, 0.1) + Counter({"T/cache_hits": 3, "T/cache_misses": 1, "requests": 3})
+    metrics = {key: value for key, value in tool_metrics(after, before).items() if "latency" not in key}
+    assert metrics == {
+        "tools/client/calls": 5,
+        "tools/client/status/ok": 5,
+        "tools/client/requests": 5,
+        "tools/client/retries": 1,
+        "tools/T/calls": 3,
+        "tools/T/status/ok": 3,
+        "tools/T/retries": 0,
+        "tools/T/cache_hit_rate": 0.75,
+    }
+
+
+def test_a_client_that_was_replaced_counts_from_zero():
+    assert tool_metrics(counted(0.1, 0.1), counted(*[0.1] * 7))["tools/T/calls"] == 2
+
+
+def test_a_step_without_calls_has_no_percentiles_and_no_hit_rate():
+    same = counted(0.1)
+    assert set(tool_metrics(same, same)) == {"tools/client/calls", "tools/client/status/ok", "tools/T/calls", "tools/T/status/ok"}

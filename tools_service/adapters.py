@@ -1,0 +1,275 @@
+"""A tool of one's own: makes a `Tool` or an `AsyncTool` of a class, an object, a plain function, a transformers-style tool or an MCP
+server, and turns a call's JSON arguments into its one text and back.
+
+The convention: a tool whose only parameter is a required string gets that string as it is. Every other tool gets the text of a JSON
+object.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import logging
+import time
+import typing
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from tools_service.loading import LoadingError, load_name
+from tools_service.protocol import AsyncTool, Tool, ToolCall, ToolError, ToolResult, ToolStatus
+from tools_service.runner import MAX_MESSAGE_CHARS, MAX_OUTPUT_CHARS
+
+logger = logging.getLogger(__name__)
+
+ONE_STRING = {"type": "object", "properties": {"argument": {"type": "string"}}, "required": ["argument"]}
+MCP_PREFIX = "mcp:"
+# What a function or a transformers-style tool may state of itself, as attributes: see `Tool`.
+STATEMENTS = ("idempotent", "probe", "max_batch", "cacheable")
+# What stands for each JSON type. A bool is no number, and True would pass for an int.
+JSON_TYPES: dict[str, Callable[[Any], bool]] = {
+    "string": lambda value: isinstance(value, str),
+    "boolean": lambda value: isinstance(value, bool),
+    "integer": lambda value: isinstance(value, int) and not isinstance(value, bool) or isinstance(value, float) and value.is_integer(),
+    "number": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
+    "array": lambda value: isinstance(value, list),
+    "object": lambda value: isinstance(value, dict),
+    "null": lambda value: value is None,
+}
+
+
+def text_parameter(parameters: Mapping[str, Any]) -> str | None:
+    """The name of the only parameter, where that is a required string: the tool then takes plain text."""
+    properties = parameters.get("properties") or {}
+    if len(properties) != 1:
+        return None
+    [(name, schema)] = properties.items()
+    required = name in (parameters.get("required") or ())
+    return name if required and isinstance(schema, Mapping) and schema.get("type") == "string" else None
+
+
+def argument_text(parameters: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
+    """The text that a tool with these parameters (a JSON schema) gets for these arguments.
+
+    Raises ToolError(BAD_ARGUMENTS) where they do not fit the schema; see check_arguments for what is looked at.
+    """
+    try:
+        check_arguments(parameters, arguments)
+        name = text_parameter(parameters)
+        return valid_text(arguments[name] if name is not None else json.dumps(dict(arguments), ensure_ascii=False))
+    except RecursionError:
+        raise _bad("the arguments are nested too deeply") from None
+
+
+def arguments_of(parameters: Mapping[str, Any], text: str) -> dict[str, Any]:
+    """The inverse of argument_text, unchecked. Blank text stands for no arguments. Raises ToolError(BAD_ARGUMENTS)."""
+    if (name := text_parameter(parameters)) is not None:
+        return {name: text}
+    try:
+        arguments = json.loads(text, parse_constant=_no_constant) if text.strip() else {}
+    except (ValueError, RecursionError) as error:
+        names = ", ".join(parameters.get("properties") or {})
+        raise _bad(f"the call is not a JSON object with {names or 'no keys'} ({type(error).__name__}: {error})") from None
+    if not isinstance(arguments, dict):
+        raise _bad(f"the call is a JSON {type(arguments).__name__}, not an object")
+    return arguments
+
+
+def check_arguments(parameters: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """Required names, names that are not allowed, and the JSON type of each value; what goes deeper is the tool's to judge."""
+    properties = parameters.get("properties") or {}
+    for name in parameters.get("required") or ():
+        if name not in arguments:
+            raise _bad(f"argument {name!r} is missing; required: {', '.join(parameters['required'])}")
+    for name, value in arguments.items():
+        if name not in properties:
+            if parameters.get("additionalProperties") is False or text_parameter(parameters) is not None:
+                raise _bad(f"unknown argument {name!r}; arguments: {', '.join(properties) or 'none'}")
+            continue
+        wanted = properties[name].get("type") if isinstance(properties[name], Mapping) else None
+        kinds = [wanted] if isinstance(wanted, str) else list(wanted or ())
+        if kinds and not any(JSON_TYPES.get(kind, lambda _: True)(value) for kind in kinds):
+            raise _bad(f"argument {name!r} must be {' or '.join(kinds)}, not {json.dumps(value)[:60]}")
+
+
+def valid_text(text: str) -> str:
+    """Text that UTF-8 can carry: pairs of surrogates are joined, lone ones replaced."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def result_fields(result: ToolResult) -> dict[str, Any]:
+    """What the HTTP and the MCP face show of a result."""
+    text = valid_text(result.text)
+    return {"status": str(result.status), "text": text, "latency_s": result.latency_s, "truncated": result.truncated}
+
+
+def load_tool(name: str, spec: str, options: Mapping[str, Any]) -> Tool | AsyncTool:
+    """The tool that is served as `name`. spec: "file.py:Thing", "module:Thing", "mcp:COMMAND ARGS" or "mcp:http://...".
+
+    A Thing is a class (made with **options), an object with name, description and a call, a typed and documented function, or a
+    transformers-style tool. Raises LoadingError with one line.
+    """
+    if spec.startswith(MCP_PREFIX):
+        from tools_service.mcp_client import MCPTool
+
+        return _made(name, spec, partial(MCPTool, name, spec.removeprefix(MCP_PREFIX)), options)
+    thing = load_name(spec)
+    if not inspect.isclass(thing) and options:
+        raise LoadingError(f"tool {name}={spec!r} takes no options (only a class does), but has {', '.join(options)}")
+    if inspect.isfunction(thing):
+        return _function_tool(name, spec, thing)
+    tool = _made(name, spec, thing, options) if inspect.isclass(thing) else thing
+    if isinstance(getattr(tool, "inputs", None), Mapping):
+        return _transformers_tool(name, spec, tool)
+    missing = [attribute for attribute in ("name", "description", "idempotent") if not hasattr(tool, attribute)]
+    if missing or not (hasattr(tool, "call") or hasattr(tool, "call_many") or callable(tool)):
+        lack = ", ".join(missing) or "__call__"
+        raise LoadingError(f"tool {name}={spec!r}: {type(tool).__name__} lacks {lack}; a tool has name, description, idempotent, __call__")
+    if tool.name != name:
+        raise LoadingError(f"tool {name}={spec!r} calls itself {tool.name!r}; use one name")
+    return tool
+
+
+class CallableTool:
+    """A python function of named arguments as a Tool. `check` turns JSON values into what the function takes."""
+
+    def __init__(self, name: str, description: str, function: Callable[..., Any], parameters: dict[str, Any], check: Callable[[Any], dict]):
+        self.name, self.description, self.parameters = name, description, parameters
+        self.idempotent = False
+        self._function, self._check = function, check
+
+    def arguments(self, text: str) -> dict[str, Any]:
+        from pydantic import ValidationError
+
+        try:
+            return self._check(arguments_of(self.parameters, text))
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+            raise _bad(f"argument {'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from None
+
+    def __call__(self, argument: str) -> str:
+        return output_text(self._function(**self.arguments(argument)))
+
+
+class AsyncCallableTool(CallableTool):
+    """The same for an `async def`: its task is cancelled at the call's deadline or when the caller has gone."""
+
+    async def call(self, call: ToolCall) -> ToolResult:
+        start = time.perf_counter()
+
+        def result(status: ToolStatus, text: str, truncated: bool = False) -> ToolResult:
+            return ToolResult(status, text, time.perf_counter() - start, truncated)
+
+        try:
+            async with asyncio.timeout(call.deadline_s) as deadline:
+                text = output_text(await self._function(**self.arguments(call.argument)))
+        except ToolError as error:
+            status = ToolStatus.TOOL_ERROR if error.status is ToolStatus.OK else error.status
+            return result(status, str(error.message)[:MAX_MESSAGE_CHARS])
+        except (Exception, SystemExit) as error:
+            if isinstance(error, TimeoutError) and deadline.expired():
+                return result(ToolStatus.TIMEOUT, f"no answer within {call.deadline_s:.3g} s")
+            logger.warning("tool %s raised on %.200r", self.name, call.argument, exc_info=True)
+            return result(ToolStatus.TOOL_ERROR, f"the tool failed with {type(error).__name__}")
+        return result(ToolStatus.OK, text[:MAX_OUTPUT_CHARS], len(text) > MAX_OUTPUT_CHARS)
+
+
+def output_text(output: Any) -> str:
+    """Text as it is, JSON for what JSON spells otherwise than python, str() for the rest."""
+    if isinstance(output, str):
+        return output
+    return json.dumps(output, ensure_ascii=False, default=str) if isinstance(output, dict | list | tuple | bool | None) else str(output)
+
+
+def _function_tool(name: str, spec: str, function: Callable[..., Any]) -> CallableTool:
+    from pydantic import TypeAdapter, with_config
+    from typing_extensions import TypedDict  # pydantic refuses typing's before 3.12
+
+    def wrong(what: str) -> LoadingError:
+        return LoadingError(f"tool {name}={spec!r}: {' '.join(what.split())}")
+
+    description = " ".join((inspect.getdoc(function) or "").partition("\n\n")[0].split())
+    if not description:
+        raise wrong("the function has no docstring; its first paragraph tells the model what the tool does")
+    try:
+        hints = typing.get_type_hints(function, include_extras=True)
+    except (NameError, TypeError) as error:
+        raise wrong(f"its type hints cannot be read: {error}") from None
+    fields: dict[str, Any] = {}
+    defaults: dict[str, Any] = {}
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise wrong(f"parameter {str(parameter)!r} cannot be given by name; use plain named parameters")
+        if parameter.name not in hints:
+            raise wrong(f"parameter {parameter.name!r} has no type; write one, for example {parameter.name}: str")
+        fields[parameter.name] = hints[parameter.name]
+        if parameter.default is not parameter.empty:
+            fields[parameter.name] = typing.NotRequired[hints[parameter.name]]
+            defaults[parameter.name] = parameter.default
+    try:
+        # A TypedDict takes parameters of any name, a model does not.
+        adapter = TypeAdapter(with_config({"extra": "forbid"})(TypedDict("Arguments", fields)))
+        parameters = adapter.json_schema()
+    except Exception as error:  # pydantic has one class for each of its reasons
+        raise wrong(f"a parameter's type has no JSON form: {error}") from None
+    for key, schema in parameters.setdefault("properties", {}).items():
+        schema.pop("title", None)
+        if isinstance(defaults.get(key), str | int | float | bool):
+            schema["default"] = defaults[key]
+    parameters = {key: value for key, value in parameters.items() if key != "title"}
+    kind = AsyncCallableTool if inspect.iscoroutinefunction(function) else CallableTool
+    return _with_statements(kind(name, description, function, parameters, adapter.validate_python), function)
+
+
+def _transformers_tool(name: str, spec: str, tool: Any) -> CallableTool:
+    """inputs: {name: {"type": "string" | "integer" | ..., "description": ..., "nullable": bool}}; the call goes by keyword."""
+    function = tool if callable(tool) else getattr(tool, "forward", None)
+    if function is None:
+        raise LoadingError(f"tool {name}={spec!r} has inputs but neither __call__ nor forward")
+    properties: dict[str, Any] = {}
+    required = []
+    for key, given in tool.inputs.items():
+        kind = given.get("type") if isinstance(given, Mapping) else None
+        kinds = [kind] if isinstance(kind, str) else kind
+        if not kinds or not isinstance(kinds, list | tuple) or any(kind not in (*JSON_TYPES, "any") for kind in kinds):
+            raise LoadingError(f"tool {name}={spec!r}: input {key!r} has type {kind!r}; a tool here takes {', '.join(JSON_TYPES)}, any")
+        kinds = [*kinds, "null"] if given.get("nullable") and "null" not in kinds else list(kinds)
+        kind_schema = {} if "any" in kinds else {"type": kinds[0] if len(kinds) == 1 else kinds}
+        properties[key] = kind_schema | {"description": str(given.get("description", ""))}
+        if not given.get("nullable"):
+            required.append(key)
+    parameters = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+    description = " ".join(str(getattr(tool, "description", "")).split())
+    if not description:
+        raise LoadingError(f"tool {name}={spec!r} has no description; the model reads it")
+
+    def check(arguments: dict[str, Any]) -> dict[str, Any]:
+        check_arguments(parameters, arguments)
+        return arguments
+
+    return _with_statements(CallableTool(name, description, function, parameters, check), tool)
+
+
+def _with_statements(tool: CallableTool, source: Any) -> CallableTool:
+    for attribute in STATEMENTS:
+        if hasattr(source, attribute):
+            setattr(tool, attribute, getattr(source, attribute))
+    return tool
+
+
+def _made(name: str, spec: str, thing: Callable[..., Any], options: Mapping[str, Any]) -> Any:
+    try:
+        return thing(**options)
+    except Exception as error:  # of a person's own constructor: anything
+        message = " ".join(str(error).split())
+        given = f" with options {', '.join(options)}" if options else ""  # names alone: a value may be a secret
+        raise LoadingError(f"tool {name}={spec!r} cannot be made{given}: {type(error).__name__}: {message}") from error
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _bad(message: str) -> ToolError:
+    return ToolError(" ".join(message.split()), ToolStatus.BAD_ARGUMENTS)

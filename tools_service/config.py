@@ -1,0 +1,156 @@
+"""What a service runs and how large: pydantic models, and the YAML file of `toolrl tools serve --config`.
+
+    names: [SimpleCalculatorTool, Weekday]
+    custom: {Weekday: weekday.py:Weekday}
+    options: {}
+    pools: {Weekday: {min_replicas: 1, max_replicas: 4}}
+    http: {port: 8000}
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+
+class ServiceConfigError(ValueError):
+    """The configuration is wrong; the message is one line."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class PoolConfig(Section):
+    """The replicas of one tool. With max_replicas above min_replicas their number follows the requests in flight.
+
+    max_queued: requests that may wait in one caller's process for a free replica; beyond it they are answered OVERLOADED.
+    target_in_flight: requests per replica that the pool is sized for (default: half of max_in_flight). A request of coalesced
+        calls counts once.
+    drain_s: a replica that is taken away ends its calls first, for at most so long.
+    """
+
+    min_replicas: int = Field(1, ge=1)
+    max_replicas: int | None = Field(None, ge=1)  # default: min_replicas
+    num_cpus: float = Field(0.1, gt=0)  # per replica, as are the next three
+    memory_bytes: int | None = Field(None, ge=1)
+    resources: dict[str, float] = {}
+    max_in_flight: int = Field(64, ge=1)
+    max_queued: int = Field(4096, ge=1)
+    target_in_flight: float | None = Field(None, gt=0)
+    upscale_delay_s: float = Field(5, ge=0)
+    downscale_delay_s: float = Field(60, ge=0)
+    health_period_s: float = Field(10, gt=0)
+    health_timeout_s: float = Field(30, gt=0)
+    drain_s: float = Field(30, ge=0)
+
+    @property
+    def most_replicas(self) -> int:
+        return self.max_replicas or self.min_replicas
+
+    @property
+    def scales(self) -> bool:
+        return self.most_replicas > self.min_replicas
+
+    def contradictions(self) -> Iterator[str]:
+        """One line for every two settings that cannot hold together."""
+        if self.most_replicas < self.min_replicas:
+            yield f"max_replicas={self.max_replicas} contradicts min_replicas={self.min_replicas}; raise max_replicas"
+        if self.target_in_flight is not None and self.most_replicas == self.min_replicas:
+            yield (
+                f"target_in_flight={self.target_in_flight:g} contradicts max_replicas={self.most_replicas}, which is min_replicas; "
+                "raise max_replicas or leave target_in_flight out"
+            )
+        if (self.target_in_flight or 0) > self.max_in_flight:
+            yield (
+                f"target_in_flight={self.target_in_flight:g} contradicts max_in_flight={self.max_in_flight}, which a replica never "
+                "exceeds; lower target_in_flight"
+            )
+
+
+class HttpConfig(Section):
+    """Serve's HTTP proxy. Loopback unless asked otherwise: the service knows no passwords."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=1, le=65535)
+
+
+class ToolSet(Section):
+    """Which tools, made how, in which pools: what a service and a recipe have in common."""
+
+    prefix: ClassVar[str] = ""  # of its keys in messages
+
+    names: list[str] = Field(["SimpleCalculatorTool"], min_length=1)
+    custom: dict[str, str] = {}  # name -> "module:Thing", "file.py:Thing" or "mcp:COMMAND or URL", tools of one's own
+    options: dict[str, dict[str, Any]] = {}  # name -> keyword arguments of the tool's class
+    pools: dict[str, PoolConfig] = {}
+    start_timeout_s: float = Field(120, gt=0)
+
+    @field_validator("custom")
+    @classmethod
+    def _absolute(cls, value: dict[str, str]) -> dict[str, str]:
+        return {name: absolute_spec(spec) for name, spec in value.items()}
+
+    @model_validator(mode="after")
+    def _known_names(self) -> ToolSet:
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"{self.prefix}names={self.names} holds a name twice")
+        for section in ("options", "pools"):
+            for name in getattr(self, section):
+                if name not in self.names:
+                    names = f"{self.prefix}names={self.names}"
+                    raise ValueError(f"{self.prefix}{section}.{name} contradicts {names}: no such tool; add it there or take it away")
+        for name in self.names:
+            for problem in self.pool(name).contradictions():
+                raise ValueError(f"{self.prefix}pools.{name}: {problem}")
+        return self
+
+    def pool(self, name: str) -> PoolConfig:
+        return self.pools.get(name, PoolConfig())
+
+
+class ServiceConfig(ToolSet):
+    """A service that stands on its own. app: its name on the cluster, which a recipe gives as tools.app."""
+
+    app: str = Field("tools", min_length=1)
+    http: HttpConfig | None = None
+
+
+def absolute_spec(spec: str) -> str:
+    """`file.py:Thing` with the file named absolutely: the processes that read it have folders of their own."""
+    path, separator, name = spec.rpartition(":")
+    if spec.startswith("mcp:") or not path.endswith(".py"):
+        return spec
+    return f"{Path(os.path.expanduser(path)).absolute()}{separator}{name}"
+
+
+def load(path: str | Path) -> ServiceConfig:
+    """The service that a YAML file describes. Raises ServiceConfigError with one line."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ServiceConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ServiceConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ServiceConfigError(f"{path} must hold a mapping with names, custom, options, pools ..., not {type(tree).__name__}")
+    return parse(tree, str(path))
+
+
+def parse(tree: dict[str, Any], source: str) -> ServiceConfig:
+    """Raises ServiceConfigError with one line that opens with `source`."""
+    try:
+        return ServiceConfig.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise ServiceConfigError(f"{source}: unknown key {key!r} (value {first['input']!r})") from None
+        message = first["msg"].removeprefix("Value error, ")
+        value = f"={first['input']!r}" if isinstance(first["input"], str | int | float) else ""
+        raise ServiceConfigError(f"{source}: {key}{value}: {message}" if key else f"{source}: {message}") from None

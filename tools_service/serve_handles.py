@@ -1,0 +1,121 @@
+"""Requests to the tools of an application through Serve's deployment handles: what a training run's client and the HTTP face share.
+
+A stateful tool keeps a session in one replica, its home. The first call of a session opens it in any replica and learns which;
+the others go there (see serve_router.py). Where the home has gone, so has the session: a replica that does not hold a session never
+runs its calls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections import OrderedDict
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tools_service.protocol import ToolCall, ToolResult
+from tools_service.runner import ToolInfo
+
+logger = logging.getLogger(__name__)
+
+MAX_SESSIONS = 100_000  # whose homes are remembered; the oldest is forgotten first
+END_TIMEOUT_S = 10.0
+
+
+class TransportError(Exception):
+    """A request failed on its way. not_started: it certainly never reached the tool. overloaded: because too many wait already.
+    The reason may be shown to the policy."""
+
+    def __init__(self, reason: str, not_started: bool = False, overloaded: bool = False):
+        super().__init__(reason, not_started, overloaded)
+        self.reason, self.not_started, self.overloaded = reason, not_started, overloaded
+
+
+@dataclass
+class _Session:
+    home: str | None = None  # the replica's id
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # calls of one session run one after another
+
+
+class ToolHandles:
+    """For one event loop. Every failure of Ray or Serve is a TransportError that names its class. Construction does no I/O."""
+
+    def __init__(self, app_name: str):
+        import tools_service.serve_app  # noqa: F401  sets the Serve flags of this process before ray.serve is imported
+
+        self._app_name = app_name
+        self._handles: dict[str, Any] = {}
+        self._sessions: OrderedDict[tuple[str, str], _Session] = OrderedDict()
+        self._prefix = uuid.uuid4().hex[:12]  # callers that share the service share no session
+        self._ending: set[asyncio.Task[None]] = set()
+
+    async def describe(self, tool: str) -> ToolInfo:
+        return await self._request(tool, "describe")
+
+    async def send(self, tool: str, calls: list[ToolCall]) -> list[ToolResult | None]:
+        """One entry per call, in order. None: that call must be sent again alone. A call with a session travels alone."""
+        if len(calls) == 1 and calls[0].session is not None:
+            return await self._send_in_session(tool, calls[0], calls[0].session)
+        return await self._request(tool, "call_batch", calls)
+
+    async def _send_in_session(self, tool: str, call: ToolCall, name: str) -> list[ToolResult | None]:
+        session = self._sessions.setdefault((tool, name), _Session())
+        if len(self._sessions) > MAX_SESSIONS:
+            self._sessions.popitem(last=False)
+        call = replace(call, session=f"{self._prefix}:{name}")
+        async with session.lock:
+            if session.home is None:
+                try:
+                    session.home = await self._request(tool, "open_session", call.session)
+                except TransportError as error:
+                    raise TransportError(error.reason, True, error.overloaded) from error
+            results = await self._request(tool, "call_batch", [call], home=session.home)
+        if results == [None]:
+            raise TransportError("the replica that holds the session is full or gone", not_started=True)
+        return results
+
+    def end_session(self, tool: str, name: str) -> None:
+        """Forgets the session and lets its home forget it, in the background. Does nothing for a session without calls."""
+        session = self._sessions.pop((tool, name), None)
+        if session is not None and session.home is not None:
+            task = asyncio.get_running_loop().create_task(self._end(tool, name, session.home))
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
+
+    async def _end(self, tool: str, name: str, home: str) -> None:
+        try:
+            async with asyncio.timeout(END_TIMEOUT_S):
+                await self._request(tool, "end_session", f"{self._prefix}:{name}", home=home)
+        except (TransportError, TimeoutError) as error:  # the replica ends sessions that nobody uses
+            logger.debug("session %s of tool %s was not ended: %r", name, tool, error)
+
+    async def close(self) -> None:
+        """Waits until the sessions that are ending have ended, at most END_TIMEOUT_S."""
+        await asyncio.gather(*self._ending, return_exceptions=True)
+
+    async def _request(self, tool: str, method: str, *arguments: Any, home: str | None = None) -> Any:
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+
+        try:
+            handle = await self._handle(tool)
+        except (RayError, RayServeException) as error:
+            raise TransportError(type(error).__name__, not_started=True) from error
+        if home is not None:
+            handle = handle.options(session_id=home)
+        try:
+            return await getattr(handle, method).remote(*arguments)
+        except BackPressureError as error:
+            raise TransportError("too many requests wait already", not_started=True, overloaded=True) from error
+        except DeploymentUnavailableError as error:
+            raise TransportError(type(error).__name__, not_started=True) from error
+        except (RayError, RayServeException) as error:
+            raise TransportError(type(error).__name__) from error
+
+    async def _handle(self, tool: str) -> Any:
+        from ray import serve
+
+        if tool not in self._handles:  # asks the controller, which would block the event loop
+            self._handles[tool] = await asyncio.to_thread(serve.get_deployment_handle, tool, self._app_name)
+        return self._handles[tool]
