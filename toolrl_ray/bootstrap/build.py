@@ -21,6 +21,7 @@ from toolrl_ray.errors import ConfigError
 from toolrl_ray.tasks.expressions import normalise
 from toolrl_ray.tasks.module import task_module
 
+STALE_S = 6 * 3600
 PACKAGE = Path(__file__).resolve().parents[1]
 SOURCES = (*sorted((PACKAGE / "bootstrap").glob("*.py")), PACKAGE / "tasks" / "expressions.py", PACKAGE / "tasks" / "prompts.py")
 
@@ -43,6 +44,7 @@ def ensure_tiny_policy(config: RunConfig, log: Callable[[str], None] = print) ->
     started = time.monotonic()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(folder)
         aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.making-", dir=folder.parent))
     except OSError as error:
         raise ConfigError(
@@ -58,6 +60,13 @@ def ensure_tiny_policy(config: RunConfig, log: Callable[[str], None] = print) ->
     return folder
 
 
+def _remove_stale(folder: Path) -> None:
+    """What a process that was killed in mid-making left; one that still works there is younger."""
+    for aside in folder.parent.glob(f"{folder.name}.making-*"):
+        if time.time() - aside.stat().st_mtime > STALE_S:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
 def _rename(aside: Path, folder: Path) -> None:
     """Renaming onto a folder that is not empty fails: another process has made the same policy meanwhile, which then serves."""
     try:
@@ -68,11 +77,14 @@ def _rename(aside: Path, folder: Path) -> None:
 
 
 def _make(config: RunConfig, heldout: frozenset[str], folder: Path, log: Callable[[str], None]) -> None:
+    from transformers.utils.logging import disable_progress_bar
+
     from toolrl_ray.bootstrap.demonstrations import Demonstrations
     from toolrl_ray.bootstrap.model import make_model
     from toolrl_ray.bootstrap.tokenizer import make_tokenizer, save_tokenizer
     from toolrl_ray.bootstrap.warm_start import warm_start
 
+    disable_progress_bar()  # of the one file that is written
     settings = config.bootstrap
     tokenizer = make_tokenizer(settings.max_context_tokens)
     model = make_model(settings, tokenizer)
