@@ -16,6 +16,7 @@ from toolrl_ray.driver import Parts
 from toolrl_ray.errors import UserError
 from toolrl_ray.placement import check, plan, reserve
 from toolrl_ray.weights.sync import WeightSync, select_backend
+from tools_service.serve_handles import ReplicaStats
 
 log = logging.getLogger(__name__)
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
@@ -26,13 +27,20 @@ def connect(config: RunConfig, say: Callable[[str], None], *, learner: bool = Tr
 
     Raises PlacementError when it cannot hold the plan, and UserError when there is no cluster at RAY_ADDRESS.
     """
+    reach(os.environ.get("RAY_ADDRESS"), say, verbose=verbose)
+    import ray
+
+    check(plan(config, learner=learner), ray.cluster_resources(), [n["Resources"] for n in ray.nodes() if n["Alive"]])
+
+
+def reach(address: str | None, say: Callable[[str], None], *, verbose: bool = False) -> None:
+    """Connect to the cluster at `address`, or start a local one where it is None. Raises UserError when there is none at `address`."""
     os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")  # read by Serve's controller, which may inherit it from here
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "1" if verbose else "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
-    address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     if address:
         say(f"connecting to the Ray cluster at {address}")
@@ -44,10 +52,10 @@ def connect(config: RunConfig, say: Callable[[str], None], *, learner: bool = Tr
     try:
         ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(f"no Ray at RAY_ADDRESS={address!r}: {' '.join(str(error).split())[:200]}") from None
+        where = f"no Ray cluster answers at {address!r}" if address else "a local Ray does not start"
+        raise UserError(f"{where}: {' '.join(str(error).split())[:200]}") from None
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own handler in the place of the caller's
-    check(plan(config, learner=learner), ray.cluster_resources(), [n["Resources"] for n in ray.nodes() if n["Alive"]])
 
 
 def ray_parts(config: RunConfig, policy_dir: str, say: Callable[[str], None], *, learner: bool = True) -> Parts:
@@ -75,7 +83,12 @@ def ray_parts(config: RunConfig, policy_dir: str, say: Callable[[str], None], *,
                 log.exception("%s could not be taken down", what)
 
     weights: Any = None
-    pool = RolloutPool(config, rollout_actors, readmit=lambda: weights.readmit() if weights else None)
+    pool = RolloutPool(
+        config,
+        rollout_actors,
+        readmit=lambda: weights.readmit() if weights else None,
+        service_stats=ReplicaStats(app_name, config.tools.names),
+    )
     learner_group = LearnerGroup(config, learners) if learner else None
     try:
         say(f"starting {len(rollout_actors)} x {config.rollout.engine}, {len(learners)} x learner, tools: {', '.join(config.tools.names)}")

@@ -5,15 +5,15 @@ saved with the run. A recipe is a YAML file of this shape; recipe.py loads it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from toolrl_ray.contradictions import contradictions
+from toolrl_ray.episode.shown import SHOWN, check_template
 from tools_service.config import PoolConfig, Section, ToolSet
-
-MAX_SHARED_GPU_MEMORY = 0.6  # of a GPU, for an engine that shares it with a learner
+from tools_service.protocol import ToolStatus
 
 
 def _absolute(spec: str | None) -> str | None:
@@ -113,6 +113,18 @@ class EpisodeConfig(Section):
     tool_deadline_s: float = Field(10, gt=0)
     turn_deadline_s: float = Field(120, gt=0)
     episode_deadline_s: float = Field(300, gt=0)
+    shown: dict[ToolStatus, str] = {}  # what the policy sees of a call, by its status: templates with {text} and {tool}
+
+    @field_validator("shown")
+    @classmethod
+    def _templates(cls, value: dict[ToolStatus, str]) -> dict[ToolStatus, str]:
+        """Those that are not given are the default's, so that the saved configuration holds every one."""
+        for status, template in value.items():
+            try:
+                check_template(template)
+            except ValueError as error:
+                raise ValueError(f"episode.shown.{status}={error}") from None
+        return {**SHOWN, **value}
 
 
 class RolloutConfig(Section):
@@ -231,68 +243,6 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        for contradictions in (_contradictions, _gpu_contradictions):
-            for message in contradictions(self):
-                raise ValueError(message)
+        for message in contradictions(self):
+            raise ValueError(message)
         return self
-
-
-def _contradictions(config: RunConfig) -> Iterator[str]:
-    """One line for every two settings that cannot hold together: both values and the remedy."""
-    advantage, longest, readable = config.algo.advantage, config.episode.max_context_tokens, config.bootstrap.max_context_tokens
-    if advantage in ("grpo", "rloo") and config.train.group_size < 2:
-        yield (
-            f"algo.advantage={advantage} contradicts train.group_size={config.train.group_size}: "
-            "it compares the episodes of a group; set train.group_size=2 or more"
-        )
-    if advantage != "gae" and config.policy.separate_critic:
-        yield f"algo.advantage={advantage} contradicts policy.separate_critic=true: only gae has a critic; set policy.separate_critic=false"
-    if config.policy.path == "tiny" and longest > readable:
-        yield (
-            f"episode.max_context_tokens={longest} contradicts bootstrap.max_context_tokens={readable}, the longest text that the "
-            f"tiny policy can read; set bootstrap.max_context_tokens={longest} or episode.max_context_tokens={readable}"
-        )
-    if config.eval.num_tasks > config.task.num_heldout:
-        yield (
-            f"eval.num_tasks={config.eval.num_tasks} contradicts task.num_heldout={config.task.num_heldout}; "
-            "set task.num_heldout higher or eval.num_tasks lower"
-        )
-
-
-def _gpu_contradictions(config: RunConfig) -> Iterator[str]:
-    """The same for who uses which GPU, and how the weights get there."""
-    rollout, learner, backend = config.rollout, config.learner, config.weights.backend
-    on_gpus = backend in ("nccl", "ipc")
-    actors, ranks = f"rollout.num_actors={rollout.num_actors}", f"learner.num_ranks={learner.num_ranks}"
-    for section, gpus, count in (("rollout", rollout.num_gpus, actors), ("learner", learner.num_gpus, ranks)):
-        if gpus > 1:
-            yield f"{section}.num_gpus={gpus:g} contradicts {count}: each uses one GPU; set {section}.num_gpus=1 and raise the count"
-        if gpus == 0 and on_gpus:
-            yield (
-                f"weights.backend={backend} contradicts {section}.num_gpus=0: it carries weights between GPUs; "
-                f"give {section}.num_gpus a GPU or set weights.backend=auto"
-            )
-    if rollout.engine == "transformers" and on_gpus:
-        yield f"rollout.engine=transformers contradicts weights.backend={backend}, which vLLM alone has; set weights.backend=auto"
-    if rollout.num_gpus == 0 or learner.num_gpus == 0:
-        return
-    gpus = f"rollout.num_gpus={rollout.num_gpus:g} and learner.num_gpus={learner.num_gpus:g}"
-    one_gpu = rollout.num_gpus + learner.num_gpus <= 1
-    one_pair = one_gpu and rollout.num_actors == 1 and learner.num_ranks == 1
-    if backend == "ipc" and not one_pair:
-        yield (
-            f"weights.backend=ipc contradicts {gpus} with {actors} and {ranks}: it serves one RolloutActor and one rank that share "
-            "one GPU; set one of each with rollout.num_gpus=0.5 and learner.num_gpus=0.5, or weights.backend=auto"
-        )
-    uses_nccl = backend == "nccl" or (backend == "auto" and rollout.engine == "vllm" and not one_pair)
-    if uses_nccl and not rollout.num_gpus == learner.num_gpus == 1:
-        remedy = " or weights.backend=ipc" if one_pair else ""
-        yield (
-            f"weights.backend={backend} contradicts {gpus} with {actors} and {ranks}: between them nccl carries the weights, and needs "
-            f"a whole GPU on either side; set rollout.num_gpus=1 and learner.num_gpus=1{remedy}"
-        )
-    if one_gpu and rollout.engine == "vllm" and rollout.gpu_memory_utilization > MAX_SHARED_GPU_MEMORY:
-        yield (
-            f"rollout.gpu_memory_utilization={rollout.gpu_memory_utilization:g} contradicts {gpus}, which share a GPU: too little is "
-            f"left for the learner; set rollout.gpu_memory_utilization={MAX_SHARED_GPU_MEMORY} or less"
-        )

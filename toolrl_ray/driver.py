@@ -37,7 +37,7 @@ from toolrl_ray.evaluation import eval_result, rollout_metrics
 from toolrl_ray.recipe import dump
 from toolrl_ray.tasks.module import load_tasks
 from toolrl_ray.tasks.stream import TaskStream
-from toolrl_ray.tools.stats import tool_metrics
+from toolrl_ray.tools.stats import isolations, tool_metrics
 from toolrl_ray.tracking.memory import tree_gib
 from toolrl_ray.tracking.metrics import MetricsWriter
 from toolrl_ray.tracking.trajectories import TrajectoryWriter
@@ -110,9 +110,12 @@ class Run:
         train_tasks, heldout = load_tasks(config.task)
         stream = TaskStream(train_tasks, config.seed)
         self._dir.mkdir(parents=True, exist_ok=True)
-        (self._dir / "config.yaml").write_text(dump(config))
+        self._tool_stats = parts.rollout.tool_stats()
+        isolation = isolations(self._tool_stats)
+        found = "".join(f"# {tool} runs untrusted code under {tier}\n" for tool, tier in isolation.items())
+        (self._dir / "config.yaml").write_text(found + dump(config))
         started = time.monotonic()
-        self._tracker = tracker = WandbTracker(config, self._dir)
+        self._tracker = tracker = WandbTracker(config, self._dir, {"isolation": isolation})
         self._say(tracker.note)
         with closing(TrajectoryWriter(self._dir)) as trajectories, closing(MetricsWriter(self._dir)) as metrics:
             self._evaluate(parts, heldout, "before", 0, tracker)

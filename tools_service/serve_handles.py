@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,6 +31,41 @@ class TransportError(Exception):
     def __init__(self, reason: str, not_started: bool = False, overloaded: bool = False):
         super().__init__(reason, not_started, overloaded)
         self.reason, self.not_started, self.overloaded = reason, not_started, overloaded
+
+
+class ReplicaStats:
+    """The numbers of the replicas of an application's tools, for a thread without an event loop. Construction does no I/O."""
+
+    def __init__(self, app_name: str, tools: Iterable[str], timeout_s: float = 5.0):
+        self._app_name, self._tools, self._timeout_s = app_name, tuple(tools), timeout_s
+        self._handles: dict[str, Any] = {}
+
+    def __call__(self) -> dict[str, float]:
+        """`TOOL/service/replicas` that answered, and `TOOL/service/NUMBER` for every number of theirs, added up.
+
+        A tool that does not answer within timeout_s is left out.
+        """
+        from ray.serve.exceptions import RayServeException
+
+        totals: Counter[str] = Counter()
+        for tool in self._tools:
+            try:
+                answers = self._handle(tool).broadcast("stats").results(timeout_s=self._timeout_s, return_exceptions=True)
+            except (RayServeException, TimeoutError):
+                continue
+            for numbers in answers:
+                if isinstance(numbers, dict):
+                    totals.update({f"{tool}/service/{name}": number for name, number in {"replicas": 1.0, **numbers}.items()})
+        return dict(totals)
+
+    def _handle(self, tool: str) -> Any:
+        from ray import serve
+
+        if tool not in self._handles:
+            handle = serve.get_deployment_handle(tool, self._app_name)
+            handle._init(_run_router_in_separate_loop=True)  # the throughput flag would want the caller's own event loop
+            self._handles[tool] = handle
+        return self._handles[tool]
 
 
 @dataclass

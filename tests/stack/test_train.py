@@ -53,6 +53,13 @@ def check_policy_loads(run_dir: Path) -> None:
     assert [int(logits[i - 1].argmax()) for i in sampled] == [trajectory.token_ids[i] for i in sampled]  # eval was greedy
 
 
+def check_isolation_is_told(run_dir: Path) -> None:
+    first = (run_dir / "config.yaml").read_text().splitlines()[0]
+    assert first.startswith("# PythonInterpreter runs untrusted code under ") and "seccomp" in first
+    for metrics in lines(run_dir / "metrics.jsonl"):
+        assert metrics[f"tools/PythonInterpreter/service/isolation/{first.rpartition(' ')[2]}"] == 1
+
+
 def test_train_leaves_a_complete_run_folder_and_two_ranks_work_with_zero_2(tmp_path, capsys):
     run_dir = tmp_path / "run"
     code = cli.main(
@@ -65,11 +72,13 @@ def test_train_leaves_a_complete_run_folder_and_two_ranks_work_with_zero_2(tmp_p
             "learner.num_ranks=2",
             "learner.zero_stage=2",
             "learner.num_cpus=0.25",
+            "tools.names=[SimpleCalculatorTool, PythonInterpreter]",
         ]  # fmt: skip
     )
     assert code == 0
     check_run_folder(run_dir, 2, 16)
     check_policy_loads(run_dir)
+    check_isolation_is_told(run_dir)
     out = capsys.readouterr().out
     assert "held-out accuracy" in out and str(run_dir) in out
 

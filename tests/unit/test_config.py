@@ -239,6 +239,13 @@ def test_a_broken_file_is_named(tmp_path: Path, content: bytes, part: str) -> No
     assert part in message
 
 
+def test_a_template_that_is_none_is_named_with_its_status() -> None:
+    message = complaint("calculator", "episode.shown={timeout: 'late: {result}'}")
+    assert message.startswith("episode.shown.timeout='late: {result}' has a field that is neither {text} nor {tool}")
+    shown = recipes.load("calculator", ["episode.shown={timeout: late}"]).episode.shown
+    assert (shown["timeout"], shown["ok"]) == ("late", "{text}")
+
+
 @pytest.mark.parametrize("name", recipes.recipe_names())
 def test_the_saved_configuration_of_a_recipe_loads_as_the_same(name: str, tmp_path: Path) -> None:
     loaded = recipes.load(name)

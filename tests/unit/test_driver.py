@@ -33,6 +33,7 @@ def test_a_run_evaluates_then_collects_updates_and_syncs_each_step_then_saves_th
     assert [step for step, _ in load_trajectories(run_dir / "trajectories.jsonl")] == [1, 1, 1, 2, 2, 2]
     assert set(json.loads((run_dir / "eval.json").read_text())) == {"before", "after"}
     assert len(load_trajectories(run_dir / "eval" / "after" / "trajectories.jsonl")) == 4
+    assert (run_dir / "config.yaml").read_text().startswith("# Python runs untrusted code under landlock+seccomp\n")
     assert summary["after"] == {"accuracy": 1.0, "tool_use": 0.0} and summary["num_tasks"] == 4
 
 

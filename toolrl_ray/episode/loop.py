@@ -10,11 +10,13 @@ import asyncio
 import hashlib
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from toolrl_ray.episode.call_format import ParsedTurn, RequestedCall, TextMarkers, TurnKind
 from toolrl_ray.episode.codec import Codec
 from toolrl_ray.episode.ledger import Ledger
+from toolrl_ray.episode.shown import SHOWN, show
 from toolrl_ray.types import (
     CallToolFn,
     Completion,
@@ -28,19 +30,6 @@ from toolrl_ray.types import (
 from tools_service.protocol import ToolCall, ToolResult, ToolStatus
 
 log = logging.getLogger(__name__)
-
-# What the policy is shown for a call that did not end in OK. The text of OUTPUT_LIMIT is partial output.
-SHOWN = {
-    ToolStatus.OK: "{text}",
-    ToolStatus.OUTPUT_LIMIT: "{text}",
-    ToolStatus.TOOL_ERROR: "Error: {text}",
-    ToolStatus.BAD_ARGUMENTS: "Error: {text}",
-    ToolStatus.UNKNOWN_TOOL: "Error: {text}",
-    ToolStatus.TIMEOUT: "Error: the tool took too long",
-    ToolStatus.MEMORY_LIMIT: "Error: the tool ran out of memory",
-    ToolStatus.OVERLOADED: "Error: the tool is busy",
-    ToolStatus.UNAVAILABLE: "Error: the tool is not available",
-}
 
 
 @dataclass(frozen=True)
@@ -67,14 +56,15 @@ async def run_episode(
     call_format: TextMarkers,
     limits: Limits,
     temperature: float,
+    shown: Mapping[ToolStatus, str] = SHOWN,
 ) -> Trajectory:
-    """Run one episode to its end.
+    """Run one episode to its end. shown: a template for every status, see shown.py.
 
     Raises what `generate` raises (the harness failed: the episode has to be run again). What a tool does never raises:
     a tool that fails, stalls or breaks costs a call, and its status says so.
     """
     ledger = Ledger(codec.encode_prompt(prompt), prompt)
-    episode = _Episode(request.episode_id, ledger, generate, call_tool, codec, call_format, limits, temperature)
+    episode = _Episode(request.episode_id, ledger, generate, call_tool, codec, call_format, limits, temperature, shown)
     started = time.monotonic()
     episode.deadline = started + limits.episode_deadline_s
     try:
@@ -113,6 +103,7 @@ class _Episode:
         call_format: TextMarkers,
         limits: Limits,
         temperature: float,
+        shown: Mapping[ToolStatus, str],
     ):
         self.episode_id = episode_id
         self.ledger = ledger
@@ -122,6 +113,7 @@ class _Episode:
         self.call_format = call_format
         self.limits = limits
         self.temperature = temperature
+        self.shown = shown
         self.tool_calls: list[ToolCallRecord] = []
         self.num_turns = 0
         self.num_calls = 0
@@ -190,7 +182,7 @@ class _Episode:
         """Record the calls and append what the policy is shown, or end the episode where that does not fit."""
         token_ids: list[int] = []
         for call, result in results:
-            shown, was_cut = self._cut(self.codec.encode(SHOWN[result.status].format_map({"text": result.text})))
+            shown, was_cut = self._cut(self.codec.encode(show(self.shown[result.status], call.tool, result.text)))
             token_ids += shown + self.codec.encode_markup(self.call_format.observation_end)
             truncated = result.truncated or was_cut
             self.tool_calls.append(

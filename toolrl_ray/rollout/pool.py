@@ -38,12 +38,16 @@ def _start_error(index: int, error: RayError) -> ToolRLError:
 
 
 class RolloutPool:
-    """readmit: called when restarted engines are up, before they get work; brings every engine to the current weights."""
+    """readmit: called when restarted engines are up, before they get work; brings every engine to the current weights.
+    service_stats: the tools' own numbers, beside those that the actors' clients count."""
 
-    def __init__(self, config: RunConfig, actors: list[Any], readmit: Callable[[], None]):
+    def __init__(
+        self, config: RunConfig, actors: list[Any], readmit: Callable[[], None], service_stats: Callable[[], dict[str, float]] = dict
+    ):
         self._config = config
         self._actors = actors
         self._readmit = readmit
+        self._service_stats = service_stats
         self._takes: dict[Any, tuple[int, float]] = {}  # pending `take` -> (actor, asked at)
         self._starts: dict[Any, tuple[int, float]] = {}  # pending `start` of a restarted actor -> (actor, asked at)
         self._restarts_in_a_row = [0] * len(actors)
@@ -157,7 +161,7 @@ class RolloutPool:
                 self._takes[ref] = (index, now)  # its `take` ends with the actor's death
 
     def tool_stats(self) -> dict[str, float]:
-        """Sums of the tool clients' counters over the actors that answer."""
+        """Sums of the tool clients' counters over the actors that answer, and the service's own."""
         total: dict[str, float] = {}
         for ref in [actor.stats.remote() for actor in self._actors]:
             try:
@@ -166,4 +170,4 @@ class RolloutPool:
                 continue
             for key, value in stats.items():
                 total[key] = total.get(key, 0) + value
-        return total
+        return total | self._service_stats()

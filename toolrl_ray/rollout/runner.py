@@ -33,7 +33,7 @@ class EpisodeRunner:
         self._call_tool = call_tool
         self._codec = codec
         self._task = task_module(config.task)
-        self._limits = Limits(**config.episode.model_dump())
+        self._limits = Limits(**config.episode.model_dump(exclude={"shown"}))
 
     async def run(self, request: EpisodeRequest, temperature: float) -> Trajectory:
         trajectory = await run_episode(
@@ -45,6 +45,7 @@ class EpisodeRunner:
             call_format=TextMarkers(),
             limits=self._limits,
             temperature=temperature,
+            shown=self._config.episode.shown,
         )
         trajectory.reward = float(self._task.reward(trajectory))
         return trajectory

@@ -28,11 +28,13 @@ def count_call(counts: Counter[str], tool: str, status: ToolStatus, latency_s: f
 
 
 def tool_metrics(stats: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
-    """Metrics of a step from the counts after it and before it: `tools/client/*` count since the start, `tools/NAME/*` in the step.
+    """Metrics of a step from the counts after it and before it: `tools/client/*` and `tools/NAME/service/*` since the start,
+    `tools/NAME/*` in the step.
 
     A client that was replaced in the step starts from 0 again; counts below those before are taken as they are.
     """
     metrics = {f"tools/client/{key}": value for key, value in stats.items() if "/" not in key or key.startswith("status/")}
+    metrics |= {f"tools/{key}": value for key, value in stats.items() if "/service/" in key}
     step = {key: value - before.get(key, 0) if value >= before.get(key, 0) else value for key, value in stats.items()}
     for tool in sorted({key.partition("/")[0] for key in stats if "/" in key} - {"status"}):
         own = {key.removeprefix(f"{tool}/"): value for key, value in step.items() if key.startswith(f"{tool}/")}
@@ -43,6 +45,16 @@ def tool_metrics(stats: Mapping[str, float], before: Mapping[str, float]) -> dic
         if looked_up := own.get("cache_hits", 0) + own.get("cache_misses", 0):
             metrics[f"tools/{tool}/cache_hit_rate"] = own.get("cache_hits", 0) / looked_up
     return metrics
+
+
+def isolations(stats: Mapping[str, float]) -> dict[str, str]:
+    """What holds the code of each tool that runs untrusted code, by the tool's name: as its replicas found by attacking themselves."""
+    parts = [key.partition("/service/isolation/") for key in sorted(stats)]
+    tiers: dict[str, list[str]] = {}
+    for tool, found, tier in parts:
+        if found:
+            tiers.setdefault(tool, []).append(tier)
+    return {tool: ", ".join(names) for tool, names in tiers.items()}
 
 
 def _percentile_s(buckets: Mapping[int, float], percent: int) -> float:

@@ -56,10 +56,12 @@ def resolve_mode(asked: Literal["auto", "offline", "online", "off"]) -> tuple[Mo
 
 
 class WandbTracker:
-    """One W&B run. `note` is one line for the terminal: the mode, where the files or the page are, and why."""
+    """One W&B run. `note` is one line for the terminal: the mode, where the files or the page are, and why.
+    found: what the run found out about the machine, for the run's configuration on W&B."""
 
-    def __init__(self, config: RunConfig, run_dir: Path):
+    def __init__(self, config: RunConfig, run_dir: Path, found: Mapping[str, Any] | None = None):
         self._run: Any = None
+        self._found = dict(found or {})
         self._num_transcripts = config.tracking.num_transcripts
         self.mode, reason = resolve_mode(config.tracking.wandb)
         if self.mode == "online" and not self._start(config, run_dir, "online"):
@@ -77,7 +79,7 @@ class WandbTracker:
                 project=config.tracking.wandb_project,
                 name=run_dir.name,
                 dir=str(run_dir),
-                config=config.model_dump(mode="json"),
+                config=config.model_dump(mode="json") | self._found,
                 mode=mode,
                 settings=settings,
             )

@@ -52,7 +52,7 @@ class FakeTool:
         return self.result
 
 
-def play(codec, generate, call_tool, limits: Limits = LIMITS, prompt: str = "What is 13.1-3?\n\n") -> Trajectory:
+def play(codec, generate, call_tool, limits: Limits = LIMITS, prompt: str = "What is 13.1-3?\n\n", **options) -> Trajectory:
     return asyncio.run(
         run_episode(
             REQUEST,
@@ -63,5 +63,6 @@ def play(codec, generate, call_tool, limits: Limits = LIMITS, prompt: str = "Wha
             call_format=TextMarkers(),
             limits=limits,
             temperature=1.0,
+            **options,
         )
     )

@@ -9,7 +9,7 @@ import pytest
 
 from tests.unit.episode.script import LIMITS, FakeTool, Script, play, said
 from tests.unit.episode.vocabularies import codec as vocabulary
-from toolrl_ray.episode.loop import SHOWN
+from toolrl_ray.episode.shown import SHOWN, check_template
 from toolrl_ray.types import Completion, SegmentKind, StopReason
 from tools_service.protocol import ToolResult, ToolStatus
 
@@ -50,6 +50,20 @@ def test_every_failure_of_a_tool_is_an_observation_and_a_status(status):
     assert observations(trajectory)[0].startswith("Error: ")
     assert [c.status for c in trajectory.tool_calls] == [status]
     assert not trajectory.used_tool
+
+
+def test_what_is_shown_is_the_recipes_template_and_the_status_stays_what_it_was():
+    shown = {**SHOWN, ToolStatus.TIMEOUT: "{tool} is slow, {{so}} far: {text}"}
+    tool = FakeTool("1\n{2}", ToolStatus.TIMEOUT)
+    trajectory = play(CODEC, Script(said(CODEC, CALL), said(CODEC, SUBMIT)), tool, shown=shown)
+    assert observations(trajectory) == ["SimpleCalculatorTool is slow, {so} far: 1\n{2}<response>"]
+    assert [(c.status, c.text) for c in trajectory.tool_calls] == [(ToolStatus.TIMEOUT, "1\n{2}")]
+
+
+@pytest.mark.parametrize("template", ["{", "{0}", "{}", "{other}", "{text.__class__}", "{text!r}", "{text:>9}"])
+def test_a_template_with_anything_but_text_and_tool_is_refused(template):
+    with pytest.raises(ValueError, match="write {{ and }} for braces"):
+        check_template(template)
 
 
 def test_an_error_of_the_harness_is_unavailable_and_its_text_is_not_shown():

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from toolrl_ray.tools.stats import BUCKET_FACTOR, count_call, tool_metrics
+from toolrl_ray.tools.stats import BUCKET_FACTOR, count_call, isolations, tool_metrics
 from tools_service.protocol import ToolStatus
 
 
@@ -50,3 +50,9 @@ def test_a_client_that_was_replaced_counts_from_zero():
 def test_a_step_without_calls_has_no_percentiles_and_no_hit_rate():
     same = counted(0.1)
     assert set(tool_metrics(same, same)) == {"tools/client/calls", "tools/client/status/ok", "tools/T/calls", "tools/T/status/ok"}
+
+
+def test_the_services_own_numbers_pass_through_and_tell_what_holds_untrusted_code():
+    own = {"Python/service/num_restarts": 2.0, "Python/service/isolation/landlock+seccomp": 3.0, "T/service/overdue": 0.0}
+    assert tool_metrics(own, {}) == {f"tools/{key}": value for key, value in own.items()}
+    assert isolations(own) == {"Python": "landlock+seccomp"}
