@@ -133,7 +133,7 @@ class RolloutConfig(Section):
     num_cpus: float = Field(1, ge=0)  # per RolloutActor
     num_gpus: float = Field(0, ge=0)
     temperature: float = Field(1.0, gt=0)
-    max_in_flight: int = Field(64, ge=1)  # episodes at once per actor
+    max_in_flight: int = Field(64, ge=1)  # episodes per actor; one that waits for its tool leaves its place to another
     num_threads: int = Field(1, ge=1)  # of the engine on CPU
     kv_cache_gib: float = Field(1, gt=0)  # on CPU
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)

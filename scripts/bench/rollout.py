@@ -77,7 +77,9 @@ def main() -> None:
     parser.add_argument("--in-flight", type=int, default=64)
     parser.add_argument("--syncs", type=int, default=20)
     options = parser.parse_args()
-    config = recipe.load("calculator", [f"policy.path={options.policy}", f"rollout.max_in_flight={options.in_flight}"])
+    # The engine itself runs at most so many, on either side.
+    limits = [f"rollout.max_in_flight={options.in_flight}", f"eval.max_in_flight={options.in_flight}"]
+    config = recipe.load("calculator", [f"policy.path={options.policy}", *limits])
     rollout_actor.RolloutActor = BenchActor
     cluster.connect(config, say)
     try:

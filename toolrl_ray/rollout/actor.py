@@ -39,7 +39,8 @@ class RolloutActor:
             self._engine = load_engine(self._config, self._policy_dir, codec, self._weight_backend, lambda: os._exit(1))
             await self._engine.ready(0)
             self._tools = ToolClient(self._tools_app, self._config.tools)
-            self._inbox = Inbox(EpisodeRunner(self._config, self._engine.generate, self._tools, codec))
+            self._inbox = Inbox()
+            self._inbox.run = EpisodeRunner(self._config, self._inbox.sampling(self._engine.generate), self._tools, codec).run
             return os.getpid()
 
     async def submit(self, requests: list[EpisodeRequest], temperature: float, max_in_flight: int) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Awaitable, Callable
 
 from toolrl_ray.rollout.assignment import Outcome
-from toolrl_ray.rollout.runner import EpisodeRunner
-from toolrl_ray.types import EpisodeRequest
+from toolrl_ray.types import Completion, EpisodeRequest, GenerateFn, SamplingParams, Trajectory
 
 log = logging.getLogger(__name__)
 
@@ -17,13 +17,18 @@ LINGER_S = 0.1  # finished episodes are handed over together with those that fin
 
 
 class Inbox:
-    """At most `max_in_flight` episodes run at once; what was submitted beyond that starts as others finish, with no round trip."""
+    """Episodes start, with no round trip, as long as fewer than `max_in_flight` sample: one that waits for a tool leaves its place to
+    another, so that slow tools leave the engine no less to do. So up to all that was submitted may be under way.
 
-    def __init__(self, runner: EpisodeRunner):
-        self._runner = runner
+    run: runs one episode to its end, sampling only through `sampling(generate)`.
+    """
+
+    def __init__(self) -> None:
+        self.run: Callable[[EpisodeRequest, float], Awaitable[Trajectory]]
         self._waiting: deque[tuple[EpisodeRequest, float]] = deque()
         self._max_in_flight = 1
         self._running: set[asyncio.Task[None]] = set()
+        self._away: set[asyncio.Task[None]] = set()  # those between two completions
         self._finished: list[Outcome] = []
         self._some = asyncio.Event()
 
@@ -32,14 +37,28 @@ class Inbox:
         self._waiting.extend((request, temperature) for request in requests)
         self._start()
 
+    def sampling(self, generate: GenerateFn) -> GenerateFn:
+        async def in_place(token_ids: list[int], params: SamplingParams) -> Completion:
+            task = asyncio.current_task()
+            assert task is not None
+            self._away.discard(task)
+            try:
+                return await generate(token_ids, params)
+            finally:
+                self._away.add(task)
+                asyncio.get_running_loop().call_soon(self._start)  # after this episode has sent its calls
+
+        return in_place
+
     def _start(self) -> None:
-        while self._waiting and len(self._running) < self._max_in_flight:
+        while self._waiting and len(self._running) - len(self._away) < self._max_in_flight:
             task = asyncio.create_task(self._run(*self._waiting.popleft()))
             self._running.add(task)
             task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
+        self._away.discard(task)
         self._start()
 
     async def take(self, max_wait_s: float) -> list[Outcome]:
@@ -56,7 +75,7 @@ class Inbox:
 
     async def _run(self, request: EpisodeRequest, temperature: float) -> None:
         try:
-            outcome = Outcome(request.episode_id, await self._runner.run(request, temperature))
+            outcome = Outcome(request.episode_id, await self.run(request, temperature))
         except Exception as error:
             log.exception("episode %s failed in the harness", request.episode_id)
             outcome = Outcome(request.episode_id, None, f"{type(error).__name__}: {error}")

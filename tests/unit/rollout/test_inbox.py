@@ -3,40 +3,88 @@ from __future__ import annotations
 import asyncio
 
 from toolrl_ray.rollout.inbox import Inbox
-from toolrl_ray.types import EpisodeRequest, StopReason, Task, Trajectory
+from toolrl_ray.types import Completion, EpisodeRequest, SamplingParams, StopReason, Task, Trajectory
 
 REQUESTS = [EpisodeRequest(f"e{i}", f"g{i}", Task(f"t{i}", "q", "a", "test")) for i in range(10)]
 
 
-class Runner:
-    """Runs every episode until it is released; the third one fails."""
+class Episodes:
+    """Samples until it is released, calls a tool until that is, samples once more; the third one fails."""
 
-    def __init__(self):
-        self.release = asyncio.Event()
-        self.running = self.most = 0
+    def __init__(self, inbox):
+        self.sampled, self.called = asyncio.Event(), asyncio.Event()
+        self.sampling = self.most = self.under_way = 0
+        self.generate = inbox.sampling(self._generate)
+        inbox.run = self.run
+
+    async def _generate(self, token_ids, params):
+        self.sampling += 1
+        self.most = max(self.most, self.sampling)
+        await self.sampled.wait()
+        self.sampling -= 1
+        return Completion([], [], [], "stop")
 
     async def run(self, request, temperature):
-        self.running += 1
-        self.most = max(self.most, self.running)
-        await self.release.wait()
-        self.running -= 1
+        self.under_way += 1
+        for wait_for_tool in (True, False):
+            await self.generate([], SamplingParams(temperature, 1, ()))
+            if wait_for_tool:
+                await self.called.wait()
+        self.under_way -= 1
         if request.episode_id == "e2":
             raise ValueError("bad")
         return Trajectory(request, [1], [False], [0.0], [-1], [], [], StopReason.EOS, 1, temperature)
 
 
-async def test_no_more_run_at_once_than_allowed_and_all_are_handed_over_once():
-    runner = Runner()
-    inbox = Inbox(runner)
+async def settle():
+    for _ in range(100):
+        await asyncio.sleep(0)
+
+
+async def test_no_more_sample_at_once_than_allowed_and_all_are_handed_over_once():
+    inbox = Inbox()
+    episodes = Episodes(inbox)
+    episodes.called.set()
     inbox.submit(REQUESTS[:6], 0.5, max_in_flight=4)
     inbox.submit(REQUESTS[6:], 0.5, max_in_flight=4)
     assert await inbox.take(0.01) == []
-    assert runner.running == 4
-    runner.release.set()
+    assert episodes.sampling == episodes.under_way == 4
+    episodes.sampled.set()
     outcomes = []
     while len(outcomes) < len(REQUESTS):
         outcomes += await inbox.take(5)
-    assert runner.most == 4
     assert sorted(o.episode_id for o in outcomes) == [r.episode_id for r in REQUESTS]
     assert [o.failure for o in outcomes if o.trajectory is None] == ["ValueError: bad"]
     assert await inbox.take(0.01) == []
+
+
+async def test_an_episode_that_waits_for_its_tool_leaves_its_place_to_another():
+    inbox = Inbox()
+    episodes = Episodes(inbox)
+    inbox.submit(REQUESTS, 0.5, max_in_flight=4)
+    await settle()
+    episodes.sampled.set()
+    await settle()
+    assert (episodes.under_way, episodes.sampling) == (10, 0)  # all of them in their tool call
+    assert episodes.most == 4
+    episodes.called.set()
+    outcomes = []
+    while len(outcomes) < len(REQUESTS):
+        outcomes += await inbox.take(5)
+
+
+async def test_a_failed_episode_that_was_between_two_completions_leaves_no_place_behind():
+    inbox = Inbox()
+    episodes = Episodes(inbox)
+    episodes.sampled.set()
+    episodes.called.set()
+    inbox.submit(REQUESTS[2:3], 0.5, max_in_flight=1)
+    assert [o.failure for o in await inbox.take(5)] == ["ValueError: bad"]
+    episodes.sampled.clear()
+    inbox.submit(REQUESTS[3:], 0.5, max_in_flight=1)
+    await settle()
+    assert episodes.under_way == 1
+    episodes.sampled.set()
+    outcomes = []
+    while len(outcomes) < len(REQUESTS[3:]):
+        outcomes += await inbox.take(5)
