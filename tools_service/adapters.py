@@ -57,9 +57,11 @@ def argument_text(parameters: Mapping[str, Any], arguments: Mapping[str, Any]) -
     try:
         check_arguments(parameters, arguments)
         name = text_parameter(parameters)
-        return valid_text(arguments[name] if name is not None else json.dumps(dict(arguments), ensure_ascii=False))
+        return valid_text(arguments[name] if name is not None else json.dumps(dict(arguments), ensure_ascii=False, allow_nan=False))
     except RecursionError:
         raise _bad("the arguments are nested too deeply") from None
+    except ValueError:  # infinite, or an integer of thousands of digits
+        raise _bad("the arguments hold a number that JSON cannot carry") from None
 
 
 def arguments_of(parameters: Mapping[str, Any], text: str) -> dict[str, Any]:
@@ -200,7 +202,8 @@ def _function_tool(name: str, spec: str, function: Callable[..., Any]) -> Callab
     defaults: dict[str, Any] = {}
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            raise wrong(f"parameter {str(parameter)!r} cannot be given by name; use plain named parameters")
+            bare = parameter.replace(annotation=parameter.empty, default=parameter.empty)  # with its stars
+            raise wrong(f"parameter {str(bare)!r} cannot be given by name; use plain named parameters")
         if parameter.name not in hints:
             raise wrong(f"parameter {parameter.name!r} has no type; write one, for example {parameter.name}: str")
         fields[parameter.name] = hints[parameter.name]

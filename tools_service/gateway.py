@@ -36,6 +36,12 @@ class Gateway:
         results = {index: result for rows, part in zip(batches, answers, strict=True) for index, result in zip(rows, part, strict=True)}
         return [replace(results[index], latency_s=time.perf_counter() - start) for index in range(len(calls))]
 
+    def end_session(self, session: str) -> None:
+        """Lets every tool that keeps state forget the session, in the background."""
+        for name, info in self._infos.items():
+            if info.stateful:
+                self._handles.end_session(name, session)
+
     async def _answer(self, calls: list[ToolCall]) -> list[ToolResult]:
         """Of calls that share a request; those that must be sent again alone are."""
         results = await self._send(calls)

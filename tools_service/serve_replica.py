@@ -93,4 +93,5 @@ class HttpDeployment:
 
         handles = ToolHandles(serve.get_replica_context().app_name)
         infos = {name: await handles.describe(name) for name in self._names}
-        return make_app(infos, Gateway(handles, infos).call)
+        gateway = Gateway(handles, infos)
+        return make_app(infos, gateway.call, gateway.end_session)

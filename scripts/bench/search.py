@@ -7,7 +7,8 @@ Data: wiki/passages.jsonl.xz and wiki/questions.jsonl.xz in TOOLRL_DATA (default
 
 index    the 42,149 passages with `toolrl index build`'s function: seconds and passages a second
 speed    both sides answer the same questions in turns, in one process: `pyserini` is LuceneSearcher.batch_search with the stored
-         text read of every first hit; `hits_only` is the same without reading any text; `tool` is WikiTool.call_many
+         text read of every first hit; `hits_only` is the same without reading any text; `tool` is WikiTool.call_many;
+         `service` (--through-service) the tool behind Ray Serve, called one query at a time by a client with 256 in flight
 recall   share of questions whose answer (as TriviaQA normalises) is in the returned text, and its mean length in words
 """
 
@@ -24,10 +25,13 @@ import statistics
 import string
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from toolrl_ray.config import ToolsConfig
+from toolrl_ray.tools.serve_client import ToolClient, start_tools
 from tools_service.protocol import ToolCall, ToolStatus
 from tools_service.search import index
 from tools_service.search.corpus import read_corpus
@@ -44,6 +48,8 @@ VARIANTS = {
 CUT_TOKENS = 80
 BATCH = 64
 THREADS = 2
+IN_FLIGHT = 256
+APP = "bench-search"
 
 
 def data_dir() -> Path:
@@ -79,9 +85,39 @@ def pyserini_searcher(folder: Path) -> Any:
     return searcher
 
 
-async def through_service(folder: Path, queries: list[str]) -> None:
-    """The side of `speed` that calls the tool through its Serve deployment, to be compared with the others in the same rounds."""
-    raise SystemExit("--through-service: not there yet")
+class Caller:
+    """Calls the served tool as a training run does, one call a query, at most IN_FLIGHT at a time."""
+
+    def __init__(self, config: ToolsConfig):
+        self._client = ToolClient(APP, config)
+
+    async def ask(self, queries: list[str]) -> dict[str, int]:
+        """How many calls ended how."""
+        waiting, statuses = iter(queries), Counter[str]()
+
+        async def worker() -> None:
+            for query in waiting:
+                result = await self._client(ToolCall("Wiki", query, 60.0))
+                statuses[str(result.status) if result.status is ToolStatus.OK else f"{result.status}: {result.text}"] += 1
+
+        await asyncio.gather(*(worker() for _ in range(IN_FLIGHT)))
+        return dict(statuses)
+
+
+def start_service(folder: Path) -> Any:
+    """The tool behind Serve on the Ray that runs; returns the caller."""
+    import ray
+
+    config = ToolsConfig(names=["Wiki"], options={"Wiki": {"index": str(folder), "threads": THREADS}})
+    start_tools(config, APP)
+    return ray.remote(num_cpus=0)(Caller).remote(config)
+
+
+async def through_service(caller: Any, queries: list[str]) -> None:
+    """The side of `speed` that calls the tool through its Serve deployment, in the same rounds as the others."""
+    statuses = await caller.ask.remote(queries)
+    if statuses != {"ok": len(queries)}:
+        raise RuntimeError(f"the service answered {statuses}")
 
 
 async def measure_speed(folder: Path, queries: list[str], rounds: int, with_service: bool) -> dict[str, Any]:
@@ -107,7 +143,8 @@ async def measure_speed(folder: Path, queries: list[str], rounds: int, with_serv
 
     sides: dict[str, Callable] = {"pyserini": pyserini, "hits_only": hits_only, "tool": call_tool}
     if with_service:
-        sides["service"] = lambda: through_service(folder, queries)
+        caller = start_service(folder)
+        sides["service"] = lambda: through_service(caller, queries)
     rates: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(rounds + 1):
         for side, run in sides.items():
@@ -187,6 +224,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     report: dict[str, Any] = {}
+    if args.through_service:  # before the JVM starts: Ray would take a signal away from it that it lives by
+        import ray
+
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpus, out = unpack("passages.jsonl", folder), folder / "index"
@@ -201,6 +242,8 @@ def main() -> None:
         if args.only in (None, "recall"):
             report["recall"] = asyncio.run(measure_recall(out, corpus, questions[: args.questions]))
             print(recall_table(report["recall"]))
+    if args.through_service:
+        ray.shutdown()
     report["heap_mib"] = java_class("java.lang.Runtime").getRuntime().maxMemory() / 2**20
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -9,7 +9,8 @@ bare         a method of a bare Ray actor, called one by one
 bare_flood   the same method with --in-flight calls at once, for comparison
 overload     10,000 calls at once on a bound of 4,096 that wait: peak memory, OVERLOADED, seconds until calls are answered again
 stall        calculator calls per second while 32 calls of another tool stall for ever, against the rate without
-mixed        --mixed calls: good, wrong, unknown, stalled, cancelled; memory, descriptors, processes and files before and after
+mixed        --mixed calls, of the sandbox and of search too: good, wrong, unknown, stalled, cancelled; memory, descriptors, processes
+             and files before and after
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import statistics
 import tempfile
 import time
@@ -37,10 +39,13 @@ from toolrl_ray.tools.serve_client import ToolClient
 from tools_service import serve_app
 from tools_service.calculator import SimpleCalculatorTool
 from tools_service.protocol import ToolCall, ToolResult, ToolStatus
-from tools_service.runner import run_tool
+from tools_service.runner import run_tool, tool_factories
+from tools_service.search import index
 from tools_service.serve_handles import ToolHandles
 
 APP = "bench-tools"
+NAMES = ["SimpleCalculatorTool", "Staller", "PythonInterpreter", "Wiki"]
+SNIPPETS = ["print(1+1)", "1/0", "open('a', 'w').write('x' * 1000)", "print('y' * 10**6)", "import math\nprint(math.pi)", "x = [0] * 10**9"]
 SIDES = ("service", "uncoalesced", "bare", "bare_flood")
 
 
@@ -63,7 +68,7 @@ class Caller:
     def __init__(self, bare: ray.actor.ActorHandle, in_flight: int):
         config = ToolsConfig()
         client = ToolClient(APP, config)
-        self._client = ToolClient(APP, ToolsConfig(names=["SimpleCalculatorTool", "Staller"]))
+        self._client = ToolClient(APP, ToolsConfig(names=NAMES))
         single = Dispatcher(OneByOne(APP), config.names, max_queued=config.max_queued)
 
         async def call_bare(call: ToolCall):
@@ -129,6 +134,10 @@ class Caller:
                 tool, argument = draw.choices(calls, (8, 1, 1, 1))[0]
                 if n % 20 == 0:
                     tool, argument = "Staller", "stall" if n % 500 == 0 else "x"
+                elif n % 20 == 7:
+                    tool, argument = "PythonInterpreter", draw.choice(SNIPPETS)
+                elif n % 20 == 13:
+                    tool, argument = "Wiki", f"passage {n % 997}"
                 call = asyncio.ensure_future(self._client(ToolCall(tool, argument, 0.5 if argument == "stall" else 30.0)))
                 if n % 50 == 1:
                     await asyncio.sleep(0)
@@ -145,7 +154,7 @@ class Caller:
         """Of this process and of the replicas."""
         from ray import serve
 
-        handles = [serve.get_deployment_handle(name, APP) for name in ("SimpleCalculatorTool", "Staller")]
+        handles = [serve.get_deployment_handle(name, APP) for name in NAMES]
         return [os.getpid(), *[(await handle.inspect.remote())["pid"] for handle in handles]]
 
 
@@ -158,6 +167,14 @@ class Staller:
         if call.argument == "stall":
             await asyncio.Event().wait()
         return ToolResult(ToolStatus.OK, call.argument)
+
+
+def make_index(folder: str) -> str:
+    corpus, out = Path(folder, "corpus.jsonl"), Path(folder, "index")
+    rows = ({"id": str(n), "title": f"Passage {n}", "text": f"This is passage {n} of a thousand."} for n in range(1000))
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    index.build(corpus, out)
+    return str(out)
 
 
 def peak_mib() -> float:
@@ -195,8 +212,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    folder = tempfile.mkdtemp(prefix="bench-tools-")
     try:
-        serve_app.start({"SimpleCalculatorTool": SimpleCalculatorTool, "Staller": Staller}, app_name=APP)
+        builtin = tool_factories([name for name in NAMES if name != "Staller"], {}, {"Wiki": {"index": make_index(folder)}})
+        serve_app.start(builtin | {"Staller": Staller}, app_name=APP)
         bare = ray.remote(num_cpus=0.1)(Bare).remote()
         caller = ray.remote(num_cpus=0.1)(Caller).remote(bare, options.in_flight)
         rates: dict[str, list[float]] = {side: [] for side in SIDES}
@@ -213,6 +232,7 @@ def main() -> None:
             rows["mixed"] = mixed(caller, options.mixed, options.in_flight)
     finally:
         ray.shutdown()
+        shutil.rmtree(folder)
     medians = {side: statistics.median(values) for side, values in rates.items()}
     for side in SIDES:
         spread = f"({min(rates[side]):,.0f} to {max(rates[side]):,.0f})"

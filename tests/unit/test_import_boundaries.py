@@ -18,6 +18,7 @@ ALLOWED = {
         "toolrl_ray/placement.py",
         "toolrl_ray/cluster.py",
         "toolrl_ray/submit.py",
+        "toolrl_ray/tools_serving.py",
         "toolrl_ray/rollout/actor.py",
         "toolrl_ray/rollout/pool.py",
         "toolrl_ray/learner/actor.py",

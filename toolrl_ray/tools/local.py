@@ -14,7 +14,7 @@ from toolrl_ray.tools.stats import count_call
 from tools_service import runner
 from tools_service.executor import Executor
 from tools_service.protocol import ToolCall, ToolResult, ToolStatus
-from tools_service.runner import Factory
+from tools_service.runner import Factory, ToolInfo
 
 CLOSE_TIMEOUT_S = 10.0
 
@@ -85,6 +85,10 @@ class LocalTools:
                 await executor.start()
                 self._executors[name] = executor
             return self._executors[name]
+
+    def infos(self) -> dict[str, ToolInfo]:
+        """What the tools say of themselves; of those that have started."""
+        return {name: executor.info for name, executor in self._executors.items()}
 
     def end_session(self, session: str) -> None:
         """The calls of this session are over: tools that keep something for it forget it, in the background."""

@@ -81,7 +81,8 @@ def new_main() -> types.ModuleType:
 
 def run_code(code: str, main: types.ModuleType, file_name: str) -> int:
     """Runs it in `main`. Prints a traceback of its own frames alone. Returns an exit code."""
-    reserve = mmap.mmap(-1, MEMORY_RESERVE_BYTES)  # address space only: no page of it is touched
+    # Address space only: no page of it is touched.
+    reserve = mmap.mmap(-1, MEMORY_RESERVE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     linecache.cache[file_name] = (len(code), None, code.splitlines(True), file_name)
     print_exception = traceback.print_exception
     status = EXIT_OK

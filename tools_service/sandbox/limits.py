@@ -13,14 +13,15 @@ class Limits:
     """Limits of one snippet; in a session, of one child and, for wall time, CPU time and output, of one run of it.
 
     wall_s: seconds from handing the code over until everything it started is killed.
-    cpu_s: seconds of CPU over all threads; rounded up to whole seconds, which is what the kernel counts.
+    cpu_s: seconds of CPU over all threads; rounded up to whole seconds, which is what the kernel counts, but for sessions. Code that
+        ignores the signal has one more.
     memory_bytes: address space beyond what the fork server had mapped when its modules were loaded, so that a larger preload
         set leaves a snippet the same room.
     max_threads: threads alive at once, the main one included.
     max_open_files: file descriptors, the three standard ones included.
     max_file_bytes: size of one file.
-    max_files: files and folders that may be created in the scratch folder, deleted ones included. The folder holds at most
-        max_files * max_file_bytes.
+    max_files: files, folders and shared memory mappings that may be created, deleted ones included. The scratch folder holds at
+        most max_files * max_file_bytes.
     max_output_bytes: of stdout and stderr together.
     max_code_bytes: of the code, as UTF-8.
     """

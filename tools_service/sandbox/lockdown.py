@@ -77,8 +77,9 @@ def die_with_parent(parent: int) -> None:
 
 
 def set_rlimits(limits: Limits, address_space_bytes: int, session: bool) -> None:
-    """session: the fork server raises the CPU limit before each run, so the hard one stays open."""
-    cpu_s = int(-(-limits.cpu_s // 1))
+    """session: every run has the CPU limit to itself, so the owner counts: a hard limit could not be raised again, and a soft one
+    can be ignored."""
+    cpu_s = resource.RLIM_INFINITY if session else int(-(-limits.cpu_s // 1))
     for what, soft, hard in (
         (resource.RLIMIT_CPU, cpu_s, resource.RLIM_INFINITY if session else cpu_s + 1),
         (resource.RLIMIT_AS, address_space_bytes, address_space_bytes),
@@ -87,6 +88,7 @@ def set_rlimits(limits: Limits, address_space_bytes: int, session: bool) -> None
         (resource.RLIMIT_CORE, 0, 0),
         (resource.RLIMIT_MEMLOCK, 0, 0),
         (resource.RLIMIT_MSGQUEUE, 0, 0),
+        (resource.RLIMIT_SIGPENDING, 64, 64),  # counted per user: a queue full of its own signals would be everyone's
     ):
         ceiling = resource.getrlimit(what)[1]
         if ceiling != resource.RLIM_INFINITY:  # the machine's own limit may be lower; it cannot be raised

@@ -267,10 +267,6 @@ class Sandbox:
                 break
         return Outcome(SandboxStatus.UNAVAILABLE, f"the sandbox failed: {reason}")
 
-    def renew_cpu(self, child: Child) -> None:
-        if self._zygote is not None:
-            self._zygote.send(b"c" + struct.pack("<I", child.number))
-
     async def open_session(self) -> Session:
         """A child of its own for the turns of one episode; it is forked at the first run."""
         if not self.tier:

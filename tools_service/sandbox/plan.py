@@ -27,11 +27,14 @@ DEFAULT_PRELOAD = (
 )  # fmt: skip
 # Where no file can be opened, what is not loaded beforehand cannot be imported.
 STDLIB_PRELOAD = (
-    "abc", "array", "asyncio", "base64", "bisect", "calendar", "cmath", "collections", "colorsys", "contextlib", "copy", "csv", "ctypes",
-    "dataclasses", "datetime", "decimal", "difflib", "encodings.ascii", "encodings.idna", "encodings.latin_1", "enum", "fractions",
-    "functools", "hashlib", "heapq", "html", "inspect", "io", "itertools", "json", "math", "numbers", "operator", "pathlib",
-    "pickle", "pprint", "queue", "random", "re", "secrets", "sqlite3", "statistics", "string", "struct", "tempfile", "textwrap",
-    "threading", "time", "timeit", "typing", "unicodedata", "uuid", "xml.etree.ElementTree", "zlib", "zoneinfo",
+    "abc", "argparse", "array", "ast", "asyncio", "base64", "bisect", "bz2", "calendar", "cmath", "collections", "colorsys",
+    "concurrent.futures.thread", "contextlib", "copy", "csv", "ctypes", "dataclasses", "datetime", "decimal", "difflib",
+    "encodings.ascii", "encodings.idna", "encodings.latin_1", "enum", "fnmatch", "fractions", "functools", "glob", "graphlib", "gzip",
+    "hashlib", "heapq", "html", "inspect", "io", "ipaddress", "itertools", "json", "locale", "logging", "lzma", "math", "numbers",
+    "operator", "pathlib", "pickle", "platform", "pprint", "pydoc", "queue", "random", "re", "reprlib", "secrets", "selectors", "shlex",
+    "shutil", "signal", "sqlite3", "statistics", "string", "struct", "tempfile", "textwrap", "threading", "time", "timeit", "traceback",
+    "types", "typing", "unicodedata", "unittest", "urllib.parse", "uuid", "warnings", "weakref", "xml.etree.ElementTree", "zipfile",
+    "zlib", "zoneinfo",
 )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ PROBE_S = 5.0
 async def _probe_one(isolation: str) -> tuple[str, bool, str]:
     sandbox = Sandbox(Limits(wall_s=1.0, memory_bytes=64 << 20), preload=(), isolation=isolation, num_ahead=1)
     try:
-        await sandbox.start()
+        await sandbox._try_isolation(isolation)  # `start` would add to the reason what all isolations need
         return TIERS[isolation], True, "an attack on itself was held"
     except IsolationUnavailable as error:
         return TIERS[isolation], False, str(error)

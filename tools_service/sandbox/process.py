@@ -83,8 +83,10 @@ class Zygote:
     def _inner_pid(self, info: int) -> int:
         """bubblewrap tells it once the namespaces are made. Blocks for a few milliseconds."""
         text = b""
+        poll = select.poll()
+        poll.register(info, select.POLLIN)
         while b"}" not in text:
-            if not select.select([info], [], [], 5)[0]:
+            if not poll.poll(5000):
                 raise OSError("bubblewrap did not say which process it started")
             part = os.read(info, 4096)
             if not part:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import math
 import os
+import select
 import signal
 import socket
 import time
@@ -14,8 +15,10 @@ from tools_service.sandbox.child import EXIT_ERROR, EXIT_MEMORY, EXIT_OK, HEADER
 from tools_service.sandbox.limits import Limits
 from tools_service.sandbox.outcome import Outcome, SandboxStatus, ZygoteDied
 
-KILL_GRACE_S = 1.0  # from the kill to the server's report; past it the server is taken to hang
+REPORT_GRACE_S = 1.0  # from the deadline to the server's report of a child that has ended; past it the server is taken to hang
+DEATH_GRACE_S = 0.05  # from the kill to the end; past it the kernel takes long to free what the child held, and nobody waits for it
 READ_BYTES = 65536
+CPU_CHECK_S = 0.02  # of a session's CPU time, at the shortest
 
 
 class NotBegun(Exception):
@@ -66,6 +69,7 @@ class Child:
         self._output = bytearray()
         self._truncated = False
         self._killed_for: SandboxStatus | None = None
+        self._cpu_timer: asyncio.TimerHandle | None = None
         self._closed = False
 
     def kill(self, reason: SandboxStatus | None = None) -> None:
@@ -125,11 +129,39 @@ class Child:
         self._started = time.perf_counter()
         self._loop.add_reader(self._output_fd, self._read_output)
         kill = self._loop.call_later(wall_s, self.kill, SandboxStatus.TIMEOUT)
-        return [kill, self._loop.call_later(wall_s + KILL_GRACE_S, self._give_up)]
+        return [kill, self._loop.call_later(wall_s + DEATH_GRACE_S, self._settle, self._loop.time() + wall_s + REPORT_GRACE_S)]
 
-    def _give_up(self) -> None:
-        if not self.exit.done():
+    def _settle(self, give_up: float) -> None:
+        """Past the deadline and the kill: an end that is as good as reported, or a server that reports no ends."""
+        if self.exit.done():
+            return
+        if not readable(self._pidfd):  # it will never run again, and is not quite gone
+            self.exit.set_result((signal.SIGKILL, 0.0))
+        elif self._loop.time() < give_up:
+            self._loop.call_later(DEATH_GRACE_S, self._settle, give_up)
+        else:
             self.exit.set_exception(ZygoteDied("the fork server does not report the end of a child that was killed"))
+
+    def _watch_cpu(self, before_s: float | None) -> None:
+        """Kills a session that has used its CPU time; looks again when it could have at the earliest."""
+        used_s = self._cpu_s()
+        if used_s is None or before_s is None:  # it has ended
+            return
+        left_s = self.limits.cpu_s - (used_s - before_s)
+        if left_s <= 0:
+            self.kill(SandboxStatus.CPU_LIMIT)
+            return
+        cores = min(len(os.sched_getaffinity(0)), self.limits.max_threads)
+        self._cpu_timer = self._loop.call_later(max(CPU_CHECK_S, left_s / cores), self._watch_cpu, before_s)
+
+    def _cpu_s(self) -> float | None:
+        """CPU seconds that it has used so far; None where it has ended. A process id that nobody waits for yet stays its own."""
+        try:
+            with open(f"/proc/self/fdinfo/{self._pidfd}") as file:
+                pid = next(int(line.split()[1]) for line in file if line.startswith("Pid:"))
+            return time.clock_gettime((~pid << 3) | 2) if pid > 0 else None
+        except OSError:
+            return None
 
     def _outcome(self, status: SandboxStatus) -> Outcome:
         text = as_text(bytes(self._output), self.limits.max_output_bytes)
@@ -194,6 +226,7 @@ class Child:
         alive = False
         try:
             self._refuse_stale_answer()
+            self._watch_cpu(self._cpu_s())
             self._stop(False)
             await self._send(job)
             self._loop.add_reader(self._job.fileno(), self._read_answer, answer)
@@ -209,7 +242,7 @@ class Child:
                 return self._outcome(SandboxStatus.OUTPUT_LIMIT if self._truncated else SandboxStatus.CRASHED), False
             return self._outcome(status_of_exit(said[0])), True
         finally:
-            for timer in timers:
+            for timer in (*timers, *([self._cpu_timer] if self._cpu_timer else [])):
                 timer.cancel()
             self._loop.remove_reader(self._output_fd)
             self._loop.remove_reader(self._job.fileno())
@@ -240,6 +273,13 @@ class Child:
     def _outcome_of_end(self, end: tuple[int, float]) -> Outcome:
         self._drain()
         return self._outcome(self._judge(*end))
+
+
+def readable(fd: int) -> bool:
+    """Of a pidfd: whether the process has ended."""
+    poll = select.poll()  # select.select knows no descriptor above 1023
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def status_of_exit(code: int) -> SandboxStatus:

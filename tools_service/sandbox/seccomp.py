@@ -1,7 +1,7 @@
 """The system calls of a snippet: a seccomp allow-list for x86-64, and the counter that bounds its files and threads.
 
-Whatever the list does not name is answered with EPERM. Every creation of a file, folder or thread is handed to a supervisor (user
-notification): the kernel has no limit of its own on either that holds for every user.
+Whatever the list does not name is answered with EPERM. Every creation of a file, folder, shared mapping or thread is handed to a
+supervisor (user notification): the kernel has no limit of its own on them that holds for every user.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ SYS_SECCOMP, SET_MODE_FILTER, FLAG_NEW_LISTENER = 317, 1, 8
 NOTIFY_RECV, NOTIFY_SEND, NOTIFY_CONTINUE = 0xC0502100, 0xC0182101, 1
 
 O_CREAT, O_TRUNC, O_ACCMODE, O_PATH, O_TMPFILE = 0o100, 0o1000, 0o3, 0o10000000, 0o20000000
-CLONE, MKDIR, MKDIRAT, OPENAT, RENAMEAT2 = 56, 83, 258, 257, 316
+MMAP, CLONE, MKDIR, MKDIRAT, OPENAT, RENAMEAT2 = 9, 56, 83, 258, 257, 316
+MAP_SHARED, MAP_HUGETLB = 0x1, 0x40000  # MAP_SHARED_VALIDATE has the first bit too
 OWN_PID = 0x5EC0_A11D  # no process id, no flag and no offset of the filter
 # Flags of pthread_create; every one of them, and no namespace, parent or trace flag beside them.
 THREAD_FLAGS = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000 | 0x80000 | 0x100000 | 0x200000
 
 # Memory, time, signals to itself, waiting, and file descriptors that it holds already.
 PLAIN = {
-    "read": 0, "write": 1, "close": 3, "fstat": 5, "poll": 7, "lseek": 8, "mmap": 9, "mprotect": 10, "munmap": 11, "brk": 12,
+    "read": 0, "write": 1, "close": 3, "fstat": 5, "poll": 7, "lseek": 8, "mprotect": 10, "munmap": 11, "brk": 12,
     "rt_sigaction": 13, "rt_sigprocmask": 14, "rt_sigreturn": 15, "pread64": 17, "pwrite64": 18, "readv": 19, "writev": 20,
-    "select": 23, "sched_yield": 24, "mremap": 25, "madvise": 28, "dup": 32, "dup2": 33, "pause": 34, "nanosleep": 35,
-    "getitimer": 36, "alarm": 37, "setitimer": 38, "getpid": 39, "recvfrom": 45, "shutdown": 48, "getsockname": 51,
-    "getpeername": 52, "getsockopt": 55, "exit": 60, "wait4": 61, "fsync": 74, "fdatasync": 75, "ftruncate": 77, "getcwd": 79,
-    "fchdir": 81, "gettimeofday": 96, "getrusage": 98, "sysinfo": 99, "times": 100, "getuid": 102, "getgid": 104,
-    "geteuid": 107, "getegid": 108, "getppid": 110, "getpgrp": 111, "getgroups": 115, "getresuid": 118, "getresgid": 120,
-    "rt_sigpending": 127, "rt_sigtimedwait": 128, "rt_sigsuspend": 130, "sigaltstack": 131, "gettid": 186, "time": 201,
-    "futex": 202, "epoll_create": 213, "getdents64": 217, "set_tid_address": 218, "restart_syscall": 219, "clock_gettime": 228,
-    "clock_getres": 229, "clock_nanosleep": 230, "exit_group": 231, "epoll_wait": 232, "epoll_ctl": 233, "waitid": 247,
-    "pselect6": 270, "ppoll": 271, "set_robust_list": 273, "epoll_pwait": 281, "eventfd2": 290, "epoll_create1": 291, "dup3": 292,
-    "getcpu": 309, "getrandom": 318, "rseq": 334, "close_range": 436, "epoll_pwait2": 441,
+    "select": 23, "sched_yield": 24, "mremap": 25, "dup": 32, "dup2": 33, "pause": 34, "nanosleep": 35, "getitimer": 36,
+    "alarm": 37, "setitimer": 38, "getpid": 39, "recvfrom": 45, "shutdown": 48, "getsockname": 51, "getpeername": 52,
+    "exit": 60, "wait4": 61, "fsync": 74, "fdatasync": 75, "ftruncate": 77, "getcwd": 79, "fchdir": 81, "gettimeofday": 96,
+    "getrusage": 98, "sysinfo": 99, "times": 100, "getuid": 102, "getgid": 104, "geteuid": 107, "getegid": 108, "getppid": 110,
+    "getpgrp": 111, "getgroups": 115, "getresuid": 118, "getresgid": 120, "rt_sigpending": 127, "rt_sigtimedwait": 128,
+    "rt_sigsuspend": 130, "sigaltstack": 131, "gettid": 186, "time": 201, "epoll_create": 213, "getdents64": 217,
+    "set_tid_address": 218, "restart_syscall": 219, "exit_group": 231, "epoll_wait": 232, "epoll_ctl": 233, "waitid": 247,
+    "pselect6": 270, "ppoll": 271, "set_robust_list": 273, "epoll_pwait": 281, "eventfd2": 290, "epoll_create1": 291,
+    "dup3": 292, "getcpu": 309, "getrandom": 318, "rseq": 334, "epoll_pwait2": 441,
 }  # fmt: skip
 # Path look-ups that Landlock judges, or that change nothing and tell at most whether a path exists.
 PATHS = {
@@ -72,6 +72,11 @@ def is_not(arg: int, value: int, mask: int) -> list[bytes]:
     return [load(ARG[arg]), insn(0x54, 0, 0, mask), insn(0x15, 0, 1, value), deny()]
 
 
+def at_most(arg: int, value: int) -> list[bytes]:
+    """Unsigned, so that a negative number is refused."""
+    return [load(ARG[arg]), insn(0x25, 0, 1, value), deny()]
+
+
 def null(arg: int) -> list[bytes]:
     return [load(ARG[arg]), insn(0x15, 1, 0, 0), deny(), load(ARG_HIGH[arg]), insn(0x15, 1, 0, 0), deny()]
 
@@ -81,17 +86,24 @@ def checked(channel_fd: int) -> dict[int, list[bytes]]:
     return {
         16: one_of(1, [0x5401, 0x5421, 0x541B, 0x5413, 0x5450, 0x5451]),  # ioctl TCGETS FIONBIO FIONREAD TIOCGWINSZ FIO(N)CLEX
         44: null(4),  # sendto, on a connected socket only
+        28: one_of(2, [0, 1, 2, 3, 4, 8, 14, 15, 102, 103]),  # madvise: what allocators say; no merging with others' pages
         46: one_of(0, [channel_fd]),  # sendmsg: a descriptor that nothing can have once the limit on open files holds
         53: one_of(0, [1]) + one_of(1, [1], 0xF) + one_of(2, [0]),  # socketpair AF_UNIX SOCK_STREAM
+        55: one_of(1, [1]) + one_of(2, [3, 4, 7, 8, 30, 38, 39]),  # getsockopt: kind, error, sizes; nothing of the other end
         62: one_of(0, [OWN_PID]),  # kill
-        72: one_of(1, [0, 1, 2, 3, 4, 5, 6, 7, 1030, 1032, 36, 37, 38]),  # fcntl: dup, flags, locks; no owner, signal, lease
+        # fcntl: dup, flags, locks of the process; no owner, signal, lease, nor a lock that outlives the process
+        72: one_of(1, [0, 1, 2, 3, 4, 5, 6, 7, 1030, 1032]),
         97: [],  # getrlimit
         157: one_of(0, [15, 16]),  # prctl: the thread's name
+        202: one_of(1, [0, 1, 3, 4, 5, 9, 10], ~0x180),  # futex: wait and wake; no priority inheritance, which python never uses
         204: one_of(0, [0, OWN_PID]),  # sched_getaffinity
+        # clock_gettime, clock_getres, clock_nanosleep: the negative ones are CPU clocks of any process
+        228: at_most(0, 15), 229: at_most(0, 15), 230: at_most(0, 15),
         234: one_of(0, [OWN_PID]),  # tgkill
         293: one_of(1, [0], ~0o2004000),  # pipe2 O_CLOEXEC O_NONBLOCK
         302: one_of(0, [0, OWN_PID]) + null(2),  # prlimit64, to read
-    }
+        436: one_of(2, [0, 4]),  # close_range: a table of descriptors for each thread would be a limit for each
+    }  # fmt: skip
 
 
 def rules(paths: bool, supervised: bool, channel_fd: int) -> dict[int, list[bytes]]:
@@ -99,10 +111,14 @@ def rules(paths: bool, supervised: bool, channel_fd: int) -> dict[int, list[byte
     create = ret(RET_NOTIFY) if supervised else deny()
     table = {number: [ret(RET_ALLOW)] for number in (*PLAIN.values(), *PATHS.values())}
     table |= {number: [*body, ret(RET_ALLOW)] for number, body in checked(channel_fd).items()}
-    table |= {number: [create] for number in (MKDIR, MKDIRAT)}
-    table[CLONE] = [*one_of(0, [THREAD_FLAGS], ~0x01000000), create]  # the bit is CLONE_DETACHED, which the kernel ignores
-    # O_PATH is not judged by Landlock, truncation through a read-only open only by newer ones.
-    opened = one_of(2, [0], O_PATH) + is_not(2, O_TRUNC, O_TRUNC | O_ACCMODE)
+    # A folder that its owner may not enter could not be removed afterwards.
+    table |= {number: [*one_of(mode, [0o700], 0o700), create] for number, mode in ((MKDIR, 1), (MKDIRAT, 2))}
+    # Shared memory is a file without a name: tens of thousands of them take the kernel seconds to free.
+    table[MMAP] = [*one_of(3, [0], MAP_HUGETLB), load(ARG[3]), insn(0x45, 0, 1, MAP_SHARED), create, ret(RET_ALLOW)]
+    table[CLONE] = [*one_of(0, [THREAD_FLAGS], ~0x00400000), create]  # the bit is CLONE_DETACHED, which the kernel ignores
+    # O_PATH is not judged by Landlock, nor is access mode 3 (a descriptor for ioctl alone), truncation through a read-only open
+    # only by newer ones.
+    opened = one_of(2, [0], O_PATH) + is_not(2, O_ACCMODE, O_ACCMODE) + is_not(2, O_TRUNC, O_TRUNC | O_ACCMODE)
     table[OPENAT] = [*opened, load(ARG[2]), insn(0x45, 0, 1, O_CREAT | O_TMPFILE), create, ret(RET_ALLOW)]
     table[RENAMEAT2] = [*one_of(4, [0]), ret(RET_ALLOW)]
     if not paths:

@@ -52,7 +52,6 @@ class Session:
         if self._child is None:
             self._child = await self._sandbox.take(session=True)
         child, alive = self._child, False
-        self._sandbox.renew_cpu(child)
         try:
             outcome, alive = await child.run_in_session(job, wall_s)
         finally:

@@ -189,7 +189,7 @@ class PythonTool:
                 yield None
                 return
             left_s = deadline - time.monotonic()
-            yield min(self._limits.wall_s, max(left_s - RETURN_MARGIN_S, 0.5 * left_s))
+            yield None if left_s <= 0 else min(self._limits.wall_s, max(left_s - RETURN_MARGIN_S, 0.5 * left_s))
 
     async def _call_in_session(self, name: str, code: str, call: ToolCall, deadline: float) -> ToolResult:
         kept = await self._kept(name)

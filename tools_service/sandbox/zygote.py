@@ -1,20 +1,21 @@
 """The fork server: executed by the owner with an empty environment, it loads modules once and forks children ahead of time.
 
 Standard input is the control channel (a SOCK_SEQPACKET socket). It reads one JSON configuration, answers `H` (ready) or `E` and
-a reason, and then serves requests: `f` fork a child for one snippet, `s` fork one for a session; `c` and a child's number renews a
-session's CPU limit. It reports `R`, number, whether it is for a session and three descriptors (job channel, output, pidfd) when a
-child is locked down, and `X`, number, wait status and CPU microseconds when it has ended. When the channel closes or the owner's
-process ends, everything ends. No child ever holds the control channel.
+a reason, and then serves requests: `f` fork a child for one snippet, `s` fork one for a session. It reports `R`, number, whether it
+is for a session and three descriptors (job channel, output, pidfd) when a child is locked down, and `X`, number, wait status and CPU
+microseconds when it has ended. When the channel closes or the owner's process ends, everything ends. No child ever holds the control
+channel.
 """
 
 from __future__ import annotations
 
+import _sitebuiltins
+import builtins
 import contextlib
 import fcntl
 import gc
 import importlib
 import json
-import math
 import os
 import platform
 import resource
@@ -23,7 +24,6 @@ import signal
 import socket
 import struct
 import sys
-import time
 from dataclasses import dataclass
 
 sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
@@ -58,7 +58,6 @@ class Server:
         self.handlers = {}
         self.children: dict[int, Child] = {}
         self.num_forked = 0
-        self.devnull = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self.watch(control.fileno(), self.on_request)
         # A process that the owner forked may hold the channel open; and a death signal would follow the owner's thread.
         self.watch(owner_pidfd, self.shut_down)
@@ -79,15 +78,13 @@ class Server:
                     handler()
 
     def on_request(self) -> None:
-        message = self.control.recv(64)
+        try:
+            message = self.control.recv(64)
+        except OSError:  # the owner went with reports unread
+            message = b""
         if not message:
             self.shut_down()
-        if message[:1] == b"c":
-            child = self.children.get(struct.unpack("<I", message[1:])[0])
-            if child is not None:
-                self.renew_cpu(child)
-        else:
-            self.fork_child(session=message == b"s")
+        self.fork_child(session=message == b"s")
 
     def fork_child(self, session: bool) -> None:
         self.num_forked += 1
@@ -116,9 +113,10 @@ class Server:
             lockdown.die_with_parent(parent)
             if scratch:
                 os.chdir(scratch)
+            devnull = os.open(os.devnull, os.O_RDONLY)  # its own: flags and position belong to what was opened, not to who holds it
             # High numbers first: a low one may be the target of another.
             fds = [fcntl.fcntl(fd, fcntl.F_DUPFD, self.limits.max_open_files + 1) for fd in (hand_over.fileno(), output, job)]
-            for fd, target in ((fds[0], self.limits.max_open_files), (self.devnull, 0), (fds[1], 1), (fds[1], 2), (fds[2], 3)):
+            for fd, target in ((fds[0], self.limits.max_open_files), (devnull, 0), (fds[1], 1), (fds[1], 2), (fds[2], 3)):
                 os.dup2(fd, target)
             channel = socket.socket(fileno=self.limits.max_open_files)
             lockdown.lock_down(
@@ -156,12 +154,6 @@ class Server:
             socket.send_fds(self.control, [message], fds)
         except OSError:  # the owner has gone
             self.shut_down()
-
-    def renew_cpu(self, child: Child) -> None:
-        """A session may use cpu_s from now on, whatever its earlier runs used."""
-        with contextlib.suppress(OSError):
-            used_s = time_of(child.pid)
-            resource.prlimit(child.pid, resource.RLIMIT_CPU, (math.ceil(used_s + self.limits.cpu_s), resource.RLIM_INFINITY))
 
     def on_exit(self, child: Child) -> None:
         if child.fds_of_owner:  # its hand-over waits in the same round of events
@@ -207,11 +199,6 @@ class Server:
         os._exit(0)
 
 
-def time_of(pid: int) -> float:
-    """CPU seconds that a process has used."""
-    return time.clock_gettime((~pid << 3) | 2)
-
-
 def drop_privileges(uid: int | None) -> None:
     if uid is not None:
         os.setgroups([])
@@ -222,10 +209,13 @@ def drop_privileges(uid: int | None) -> None:
 
 def load(config: dict) -> None:
     sys.path += config["site_paths"]
+    hide_host_name()  # first: modules keep what they were told
     for name in config["preload"]:
         importlib.import_module(name)
-    hide_host_name()
     os.environ.clear()
+    for name in ("exit", "quit"):  # `site`, which is left out, makes these
+        setattr(builtins, name, _sitebuiltins.Quitter(name, ""))
+    builtins.help = _sitebuiltins._Helper()
     child_side.warm_up()
     importlib.invalidate_caches()
 
@@ -235,6 +225,7 @@ def hide_host_name() -> None:
     real = os.uname()
     hidden = os.uname_result((real.sysname, "sandbox", real.release, real.version, real.machine))
     os.uname = sys.modules["posix"].uname = lambda: hidden
+    platform._uname_cache = None
     platform.uname()
 
 
@@ -259,6 +250,7 @@ def main() -> None:
     control.set_inheritable(False)
     os.dup2(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), 0)
     try:
+        os.umask(0o077)
         message, (owner_pidfd,), _, _ = socket.recv_fds(control, MAX_MESSAGE_BYTES, 1)
         config = json.loads(message)
         load(config)

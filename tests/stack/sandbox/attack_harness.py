@@ -22,11 +22,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 ROWS: list[dict] = json.loads((Path(__file__).parent / "attacks.json").read_text())
-FEATURES = {"scratch"}  # of those that rows may need: a folder to write in, but no processes
 WALL_S = 2.0
 SETTLE_S = 3.0
 ROW_S = 60.0
@@ -63,6 +63,7 @@ class Harness:
         self._interpreter = interpreter or next(pair for pair in interpreters() if usable(*pair))
         self._process: subprocess.Popen | None = None
         self._folder: str | None = None
+        self.uid: int | None = None  # of the host, once it runs
 
     def _start(self) -> None:
         python, user = self._interpreter
@@ -77,9 +78,10 @@ class Harness:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, **as_user(user),
         )  # fmt: skip
         answer = self._read()
-        if answer != "ready":
+        if not isinstance(answer, int):
             self.close()
             raise RuntimeError(f"the host of the attacks does not start: {answer}")
+        self.uid = answer
 
     def _read(self) -> object:
         assert self._process and self._process.stdout
@@ -239,24 +241,36 @@ class Host:
         return code
 
     async def attack(self, row: dict) -> list[str]:
+        """The code in a child of its own, and so what comes after it; or both in a session, each in another one."""
+        if row.get("session"):
+            sessions = [await self.sandbox.open_session() for _ in range(2)]
+            await sessions[1].run("print('warm')")
+            found = await self._attack(row, sessions[0].run, sessions[1].run)
+            for session in sessions:
+                await session.close()
+        else:
+            found = await self._attack(row, self.sandbox.run, self.sandbox.run)
+        answer = await self.sandbox.run("print(6 * 7)")
+        if (answer.status, answer.output) != ("ok", "42\n"):
+            found.append(f"the next snippet: {answer.status} {answer.output[-300:]!r}")
+        return found + await self._harm()
+
+    async def _attack(self, row: dict, run: Callable, run_after: Callable) -> list[str]:
         expect = row["expect"]
         started = time.monotonic()
-        outcome = await self.sandbox.run(self.fill(row["code"]))
+        outcome = await run(self.fill(row["code"]))
         wall_s = time.monotonic() - started
         found = judge(outcome.output, expect.get("must"), expect.get("must_not"))
         if outcome.status not in expect["status"]:
             found.append(f"status {outcome.status}, allowed {expect['status']}; output {outcome.output[-300:]!r}")
         if wall_s > expect.get("max_wall", float("inf")):
             found.append(f"took {wall_s:.2f} s, allowed {expect['max_wall']}")
-        if len(outcome.output.encode(errors="surrogatepass")) > expect.get("max_out", float("inf")):
-            found.append(f"{len(outcome.output.encode(errors='surrogatepass'))} bytes of output, allowed {expect['max_out']}")
+        if (num_bytes := len(outcome.output.encode(errors="surrogatepass"))) > expect.get("max_out", float("inf")):
+            found.append(f"{num_bytes} bytes of output, allowed {expect['max_out']}")
         if "then" in row:
-            after = await self.sandbox.run(self.fill(row["then"]))
+            after = await run_after(self.fill(row["then"]))
             found += [f"then: {text}" for text in judge(after.output, expect.get("then_must"), expect.get("then_must_not"))]
-        answer = await self.sandbox.run("print(6 * 7)")
-        if (answer.status, answer.output) != ("ok", "42\n"):
-            found.append(f"the next snippet: {answer.status} {answer.output[-300:]!r}")
-        return found + await self._harm()
+        return found
 
     async def _harm(self) -> list[str]:
         deadline = time.monotonic() + SETTLE_S
@@ -309,7 +323,7 @@ async def main(isolation: str) -> None:
         except Exception as error:
             print(json.dumps(f"{type(error).__name__}: {error}"), flush=True)
             return
-        print(json.dumps("ready"), flush=True)
+        print(json.dumps(os.geteuid()), flush=True)
         while line := await asyncio.to_thread(sys.stdin.readline):
             print(json.dumps(await host.attack(json.loads(line))), flush=True)
     finally:

@@ -1,0 +1,207 @@
+"""`toolrl tools` and `toolrl index` with the tools in this process: what is printed where, exit codes, and mistakes in one line."""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+import socket
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from toolrl_ray import cli, tools_access
+
+PYTHON_TOOL = '''
+def weekday(date: str, short: bool = False) -> str:
+    """Names the weekday of a date.
+
+    More that no model needs.
+    """
+    return "Mon" if short else f"Monday, says {date}"
+
+
+def fails(x: str) -> str:
+    """Fails."""
+    raise ValueError("a secret")
+'''
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in ("RAY_ADDRESS", "TOOLRL_TOOLS"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "own.py").write_text(PYTHON_TOOL)
+    (tmp_path / "own.yaml").write_text(
+        "names: [Weekday, Fails]\ncustom: {Weekday: 'own.py:weekday', Fails: 'own.py:fails'}\npools: {Fails: {max_in_flight: 2}}\n"
+    )
+    (tmp_path / "bad.yaml").write_text("names: [1")
+    (tmp_path / "key.yaml").write_text("nams: [SimpleCalculatorTool]")
+    (tmp_path / "hammer.yaml").write_text("names: [Hammer]")
+    (tmp_path / "limit.yaml").write_text("names: [PythonInterpreter]\noptions: {PythonInterpreter: {wall_s: -1}}")
+    (tmp_path / "isolation.yaml").write_text("names: [PythonInterpreter]\noptions: {PythonInterpreter: {isolation: bubblewrap}}")
+    (tmp_path / "in.jsonl").write_text('{"argument": "1+1", "id": "a"}\n{"argument": "1/0", "id": "b"}\n{"argument": "2*3", "id": "c"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"argument": "1+1"}\n{"argument": 2}\n')
+    (tmp_path / "corpus.jsonl").write_text('{"id": "1", "text": "a"}\n{"id": "1"}\n')
+    (tmp_path / "folder").mkdir()
+    return tmp_path
+
+
+def run(command: str) -> int:
+    try:
+        return cli.main(shlex.split(command))
+    except SystemExit as exit:  # argparse
+        return exit.code
+
+
+@pytest.mark.parametrize(
+    ("command", "parts"),
+    [
+        ("tools", ["COMMAND", "toolrl tools --help"]),
+        ("tools call", ["NAME", "toolrl tools call --help"]),
+        ("tools call SimpleCalculatorTool", ["ARGUMENT", "--jsonl IN --out OUT"]),
+        ("tools call SimpleCalculatorTool 1 --jsonl in.jsonl --out x", ["ARGUMENT", "--jsonl IN --out OUT"]),
+        ("tools call SimpleCalculatorTool --jsonl in.jsonl", ["--jsonl IN and --out OUT"]),
+        ("tools call SimpleCalculatorTool --jsonl none.jsonl --out x --local", ["none.jsonl cannot be read", "No such file"]),
+        ("tools call SimpleCalculatorTool --jsonl folder --out x --local", ["folder is not a file"]),
+        ("tools call SimpleCalculatorTool --jsonl bad.jsonl --out x --local", ["bad.jsonl:2:", "argument=2"]),
+        ("tools call SimpleCalculatorTool --jsonl in.jsonl --out none/x --local", ["--out='none/x'", "make it first"]),
+        ("tools call SimpleCalculatorTool --jsonl in.jsonl --out folder --local", ["--out='folder'", "is a folder"]),
+        ("tools call SimpleCalculatorTool --jsonl in.jsonl --out in.jsonl --local", ["--out='in.jsonl'", "the input itself"]),
+        ("tools call SimpleCalculatorTool 1 --local --address x", ["--local contradicts --address"]),
+        ("tools call SimpleCalculatorTool 1 --config own.yaml", ["--config='own.yaml'", "--local", "--address"]),
+        ("tools call SimpleCalculatorTool 1 --address ftp://x", ["--address='ftp://x'", "http://127.0.0.1:8000"]),
+        ("tools call SimpleCalculatorTool 1 --address 127.0.0.1:9", ["no tools service at http://127.0.0.1:9;", "tools serve", "--local"]),
+        ("tools call SimpleCalculatorTool 1 --deadline 0", ["--deadline", "0.001 or more"]),
+        ("tools call SimpleCalculatorTool 1 --deadline nan", ["--deadline", "0.001 or more"]),
+        ("tools call SimpleCalculatorTool 1 2 --local", ["unrecognized arguments: 2"]),
+        ("tools call SimpleCalculatorTool --locl", ["unrecognized arguments: --locl"]),
+        ("tools call Hammer 1 --local", ["'Hammer'", "SimpleCalculatorTool, PythonInterpreter"]),
+        ("tools call Weekday 1 --local --config none.yaml", ["none.yaml cannot be read"]),
+        ("tools list --local --config bad.yaml", ["bad.yaml is not valid YAML"]),
+        ("tools list --local --config key.yaml", ["key.yaml", "unknown key 'nams'"]),
+        ("tools list --local --config hammer.yaml", ["'Hammer'", "SimpleCalculatorTool"]),
+        ("tools serve --config none.yaml", ["none.yaml cannot be read"]),
+        ("tools serve --config bad.yaml", ["bad.yaml is not valid YAML"]),
+        ("tools serve --config key.yaml", ["key.yaml", "unknown key 'nams'"]),
+        ("tools serve --config hammer.yaml", ["'Hammer'", "SimpleCalculatorTool"]),
+        ("tools serve --config limit.yaml", ["PythonInterpreter", "wall_s=-1"]),
+        ("tools serve --port 70000", ["--port=70000", "65535"]),
+        ("tools serve --port x", ["--port", "'x'"]),
+        ("tools serve --no-http --port 8000", ["--no-http contradicts --port"]),
+        ("tools serve --host no.such.host.invalid", ["no.such.host.invalid:8000", "--host"]),
+        ("tools stop", ["--address HOST:PORT", "Ctrl-C"]),
+        ("tools bench Weekday --local --config own.yaml", ["Weekday", "ARGUMENT"]),
+        ("tools bench SimpleCalculatorTool --in-flight 0", ["--in-flight", "1 or more"]),
+        ("tools mcp --address 127.0.0.1:9", ["no tools service at http://127.0.0.1:9"]),
+        ("index build corpus.jsonl folder", ["'folder' exists already", "remove it first"]),
+        ("index build none.jsonl new", ["no file 'none.jsonl'"]),
+        ("index info folder", ["folder", "index"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(command: str, parts: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(path for path in folder.rglob("*") if "__pycache__" not in path.parts)
+    assert run(command) == 2
+    written = capsys.readouterr()
+    assert len(written.err.strip().splitlines()) == 1 and written.err.startswith("toolrl: ") and not written.out
+    assert [part for part in parts if part not in written.err] == []
+    assert sorted(path for path in folder.rglob("*") if "__pycache__" not in path.parts) == before, "nothing may stay behind"
+
+
+def test_a_port_that_is_taken_is_refused_before_ray_starts(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "toolrl_ray.cluster", None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert run(f"tools serve --port {port}") == 2
+    expected = f"toolrl: 127.0.0.1:{port} cannot be listened on (Address already in use); choose another --port or --host\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_cluster_that_does_not_answer_is_named_at_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    for command in ("tools serve", "tools stop"):
+        assert run(command) == 2
+        assert capsys.readouterr().err == "toolrl: no Ray cluster answers at '127.0.0.1:9': Connection refused\n"
+
+
+@pytest.mark.parametrize("place", ["-3*4 --local", "--local -3*4", "--local -- -3*4", "-- -3*4", "--deadline 5 -3*4", "'(2-14)' --local"])
+def test_the_text_of_a_call_is_printed_and_nothing_else(place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(f"tools call {'' if '--local' in place else '--local '}SimpleCalculatorTool {place}") == 0
+    written = capsys.readouterr()
+    assert (written.out, written.err) == ("-12\n", "")
+
+
+def test_a_call_that_fails_says_its_status_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("tools call SimpleCalculatorTool 1/0 --local") == 1
+    written = capsys.readouterr()
+    assert (written.out, written.err) == ("", "tool_error: division by zero\n")
+
+
+def test_the_argument_may_come_from_stdin(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"(1+\n2)*3\n")))
+    assert run("tools call SimpleCalculatorTool - --local") == 0
+    assert capsys.readouterr().out == "9\n"
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"\xff")))
+    assert run("tools call SimpleCalculatorTool - --local") == 2
+    assert capsys.readouterr().err == "toolrl: stdin is not UTF-8 at byte 0\n"
+
+
+def test_the_python_tool_runs_in_its_sandbox_or_says_why_not(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import os; print(os.environ.get(\"HOME\"), 6*7)"
+    assert run(f"tools call PythonInterpreter {shlex.quote(code)} --local") == 0
+    assert capsys.readouterr().out == "None 42\n"
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert run("tools call PythonInterpreter 'print(1)' --local --config isolation.yaml") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("toolrl: tool PythonInterpreter does not start: ") and "no `bwrap` on PATH" in error and error.count("\n") == 1
+
+
+def test_tools_are_listed_with_what_they_take(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("tools list --local --config own.yaml") == 0
+    assert capsys.readouterr().out == (
+        "Weekday(date: string, short: boolean = false)\n    Names the weekday of a date.\nFails(x: string)\n    Fails.\n"
+    )
+    assert run("tools list --local --config own.yaml --json") == 0
+    weekday, fails = json.loads(capsys.readouterr().out)
+    assert weekday["type"] == "function" and fails["function"]["name"] == "Fails"
+    assert weekday["function"]["parameters"]["required"] == ["date"]
+
+
+def test_ones_own_tool_is_called_by_its_config(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("""tools call Weekday '{"date": "today"}' --local --config own.yaml""") == 0
+    assert capsys.readouterr().out == "Monday, says today\n"
+    assert run("tools call Fails x --local --config own.yaml") == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "tool_error: the tool failed with ValueError"
+
+
+def test_a_file_of_calls_comes_back_in_order_with_their_results(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "out.jsonl").write_text("old")
+    assert run("tools call SimpleCalculatorTool --jsonl in.jsonl --out out.jsonl --local") == 0
+    rows = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["argument"], row["status"], row["text"], row["truncated"]) for row in rows] == [
+        ("a", "1+1", "ok", "2", False),
+        ("b", "1/0", "tool_error", "division by zero", False),
+        ("c", "2*3", "ok", "6", False),
+    ]
+    assert all(0 < row["latency_s"] < 10 for row in rows)
+    written = capsys.readouterr()
+    assert written.out.startswith("3 calls in ") and written.out.endswith(" s (ok 2, tool_error 1), written to out.jsonl\n")
+    assert "3/3" in written.err
+
+
+def test_a_bench_counts_its_calls(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("tools bench SimpleCalculatorTool 1/0 --local --in-flight 3 --seconds 0.2") == 0
+    first, rate, latency, status = capsys.readouterr().out.splitlines()
+    assert first == "SimpleCalculatorTool in this process: 3 calls in flight for 0.2 s"
+    assert float(rate.split()[1].replace(",", "")) > 0
+    assert [word for word in latency.split() if word.startswith("p")] == ["p50", "p95", "p99"]
+    assert status.split()[:2] == ["status", "tool_error"] and int(status.split()[2].replace(",", "")) >= 3
+
+
+def test_the_examples_that_are_shown_are_of_tools_that_exist() -> None:
+    from tools_service.runner import builtin_tools
+
+    assert set(tools_access.EXAMPLES) == set(builtin_tools()) >= set(tools_access.DEFAULT_NAMES)

@@ -1,0 +1,191 @@
+"""`toolrl tools serve` and `toolrl tools stop`: the tools service on a Ray of its own, or on a cluster that is up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shlex
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from toolrl_ray.errors import UserError
+from toolrl_ray.tools_access import DEFAULT_ADDRESS, DEFAULT_APP, EXAMPLES
+from tools_service.config import HttpConfig, ServiceConfig
+from tools_service.runner import Factory, ToolInfo, tool_factories
+
+DESCRIBE_S = 30.0
+Say = Callable[[str], None]
+
+
+def url(http: HttpConfig) -> str:
+    """Where a client on the same machine finds it."""
+    host = "127.0.0.1" if http.host in ("0.0.0.0", "::") else http.host
+    return f"http://[{host}]:{http.port}" if ":" in host else f"http://{host}:{http.port}"
+
+
+def serve_here(config: ServiceConfig, http: HttpConfig | None, say: Say, verbose: bool) -> None:
+    """Starts a local Ray with the service and serves until Ctrl-C or SIGTERM. Raises UserError, with nothing left running."""
+    factories = _factories(config)
+    if http:
+        _check_free(http)
+    with _ray(None, say, verbose):
+        import ray
+
+        _start(config, factories, http, say)
+        _show(config, http, ray.get_runtime_context().gcs_address)
+        say(f"serving{f' at {url(http)}' if http else ''}; Ctrl-C stops it")
+        _until_signal(config, say)
+
+
+def serve_on_cluster(config: ServiceConfig, http: HttpConfig | None, address: str, say: Say, verbose: bool) -> None:
+    """Deploys the service to a cluster and leaves it there. Raises UserError, with nothing of it left on the cluster."""
+    factories = _factories(config)
+    with _ray(address, say, verbose):
+        from ray import serve
+
+        from tools_service import serve_app
+
+        stop_it = f"toolrl tools stop --address {address}" + ("" if config.app == DEFAULT_APP else f" --app {config.app}")
+        if config.app in serve.status().applications:
+            raise UserError(
+                f"an application {config.app!r} runs on this cluster already; end it with: {stop_it}, "
+                "or choose another name (app: in the file that --config names)"
+            )
+        found_serve = _serve_runs()
+        try:
+            _start(config, factories, http, say)
+            _show(config, http, address)
+        except BaseException:
+            serve_app.shutdown(config.app, wait=False)
+            if not found_serve:
+                serve.shutdown()
+            raise
+        print(f"  stop it:      {stop_it}", flush=True)
+        say("it runs on the cluster" + (f", and serves HTTP at {url(http)} of the head node" if http else ""))
+
+
+def stop(app: str, address: str, say: Say, verbose: bool) -> None:
+    """Removes the application from the cluster, after the calls that it is running. Raises UserError where it is not there."""
+    with _ray(address, say, verbose):
+        from ray import serve
+
+        from tools_service import serve_app
+
+        there = serve.status().applications
+        if app not in there:
+            raise UserError(f"no application {app!r} on this cluster; applications: {', '.join(there) or 'none'}")
+        say(f"stopping {app}")
+        serve_app.shutdown(app)
+        say("stopped")
+
+
+@contextmanager
+def _ray(address: str | None, say: Say, verbose: bool) -> Iterator[None]:
+    from toolrl_ray import cluster
+
+    try:
+        cluster.reach(address, say, verbose=verbose)
+        yield
+    finally:
+        handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            cluster.disconnect()  # an own Ray ends here, however impatient somebody is
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def _factories(config: ServiceConfig) -> dict[str, Factory]:
+    try:
+        return tool_factories(config.names, config.custom, config.options)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _check_free(http: HttpConfig) -> None:
+    try:
+        family = socket.getaddrinfo(http.host, http.port, type=socket.SOCK_STREAM)[0][0]
+        socket.create_server((http.host, http.port), family=family).close()
+    except OSError as error:
+        reason = (error.strerror or str(error)).partition(" (while")[0]
+        raise UserError(f"{http.host}:{http.port} cannot be listened on ({reason}); choose another --port or --host") from None
+
+
+def _start(config: ServiceConfig, factories: Mapping[str, Factory], http: HttpConfig | None, say: Say) -> None:
+    from tools_service import serve_app
+
+    say(f"starting {', '.join(config.names)}")
+    pools = {name: config.pool(name) for name in config.names}
+    try:
+        serve_app.start(factories, app_name=config.app, pools=pools, http=http, start_timeout_s=config.start_timeout_s)
+    except serve_app.ServiceError as error:
+        raise UserError(str(error)) from None
+
+
+def _serve_runs() -> bool:
+    import ray
+
+    try:
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return False
+    return True
+
+
+def _until_signal(config: ServiceConfig, say: Say) -> None:
+    """Waits for Ctrl-C or SIGTERM, then for the calls that are running; a second one does not wait for them."""
+    from tools_service import serve_app
+
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    while not stop.wait(1.0):
+        pass
+    say("stopping")
+    try:
+        serve_app.shutdown(config.app)
+    except KeyboardInterrupt:
+        say("stopping at once")
+
+
+async def _descriptions(config: ServiceConfig) -> list[ToolInfo]:
+    from tools_service.serve_handles import ToolHandles
+
+    handles = ToolHandles(config.app)
+    async with asyncio.timeout(DESCRIBE_S):
+        return list(await asyncio.gather(*map(handles.describe, config.names)))
+
+
+def _show(config: ServiceConfig, http: HttpConfig | None, ray_address: str) -> None:
+    """What is served, and one line to try for each way of calling it."""
+    from toolrl_ray.tools.stats import isolations
+    from tools_service.serve_handles import ReplicaStats
+
+    width = max(map(len, config.names))
+    tiers = isolations(ReplicaStats(config.app, config.names)())
+    print()
+    for info in asyncio.run(_descriptions(config)):
+        print(f"  {info.name:<{width}}  {info.description}")
+        if tier := tiers.get(info.name):
+            print(f"  {'':<{width}}  isolation, found by an attack on itself: {tier}")
+    print()
+    if http:
+        tool = next((name for name in config.names if name in EXAMPLES), config.names[0])
+        argument = EXAMPLES.get(tool, "...")
+        body = json.dumps({"calls": [{"tool": tool, "argument": argument}]})
+        address = "" if url(http) == DEFAULT_ADDRESS else f" --address {url(http)}"
+        print(f"  try it:       toolrl tools call {tool} {shlex.quote(argument)}{address}")
+        print(f"  over HTTP:    curl -s {url(http)}/v1/call -H 'content-type: application/json' -d {shlex.quote(body)}")
+        if not (http.host in ("localhost", "::1") or http.host.startswith("127.")):
+            print(f"  beware:       it listens on {http.host} and knows no passwords: whoever reaches it can call the tools")
+    print(f"  in training:  RAY_ADDRESS={ray_address} toolrl train RECIPE tools.app={config.app}", flush=True)
