@@ -49,6 +49,7 @@ CUT_TOKENS = 80
 BATCH = 64
 THREADS = 2
 IN_FLIGHT = 256
+WARM_UP = 40_000  # searches before anything is measured, of either JVM: its compiler takes a fifth of the machine until then
 APP = "bench-search"
 
 
@@ -146,11 +147,15 @@ async def measure_speed(folder: Path, queries: list[str], rounds: int, with_serv
         caller = start_service(folder)
         sides["service"] = lambda: through_service(caller, queries)
     rates: dict[str, list[float]] = {side: [] for side in sides}
+    for _ in range(-(-WARM_UP // len(queries))):
+        for side in ("pyserini", "service"):
+            if side in sides:
+                await sides[side]()
     for number in range(rounds + 1):
         for side, run in sides.items():
             start = time.perf_counter()
             await run()
-            if number:  # the first round warms the JVM up
+            if number:
                 rates[side].append(len(queries) / (time.perf_counter() - start))
     await tool.close()
     medians = {side: statistics.median(values) for side, values in rates.items()}

@@ -46,6 +46,7 @@ from tools_service.serve_handles import ToolHandles
 APP = "bench-tools"
 NAMES = ["SimpleCalculatorTool", "Staller", "PythonInterpreter", "Wiki"]
 SNIPPETS = ["print(1+1)", "1/0", "open('a', 'w').write('x' * 1000)", "print('y' * 10**6)", "import math\nprint(math.pi)", "x = [0] * 10**9"]
+QUARTERS = 4  # of the mixed calls, after each of which is looked
 SIDES = ("service", "uncoalesced", "bare", "bare_flood")
 
 
@@ -184,7 +185,7 @@ def peak_mib() -> float:
 def state_of(processes: list[psutil.Process]) -> dict[str, float]:
     """Memory and descriptors of the client and the replicas, processes below this one, and files in the folder of scratch files."""
     return {
-        "memory_mib": sum(process.memory_info().rss for process in processes) / 2**20,
+        "memory_mib": round(sum(process.memory_info().rss for process in processes) / 2**20),
         "descriptors": sum(process.num_fds() for process in processes),
         "threads": sum(process.num_threads() for process in processes),
         "processes": len(psutil.Process().children(recursive=True)),
@@ -195,12 +196,14 @@ def state_of(processes: list[psutil.Process]) -> dict[str, float]:
 def mixed(caller: ray.actor.ActorHandle, num_calls: int, in_flight: int) -> dict[str, object]:
     processes = [psutil.Process(pid) for pid in ray.get(caller.pids.remote(), timeout=30)]
     ray.get(caller.mixed.remote(max(1, num_calls // 10), in_flight), timeout=600)  # warms up
-    before = state_of(processes)
-    start = time.perf_counter()
-    statuses = ray.get(caller.mixed.remote(num_calls, in_flight), timeout=3600)
-    took = time.perf_counter() - start
-    time.sleep(1)
-    return {"took_s": took, "statuses": statuses, "before": before, "after": state_of(processes)}
+    states, statuses, took = [state_of(processes)], Counter(), 0.0
+    for _ in range(QUARTERS):
+        start = time.perf_counter()
+        statuses.update(ray.get(caller.mixed.remote(num_calls // QUARTERS, in_flight), timeout=3600))
+        took += time.perf_counter() - start
+        time.sleep(1)
+        states.append(state_of(processes))
+    return {"took_s": took, "statuses": dict(statuses), **{name: [state[name] for state in states] for name in states[0]}}
 
 
 def main() -> None:

@@ -73,6 +73,7 @@ class WandbTracker:
     def _start(self, config: RunConfig, run_dir: Path, mode: Mode) -> bool:
         import wandb
 
+        os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")  # it advertises itself where a model's or a tool's library is loaded
         settings = wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT_S, login_timeout=1)
         try:
             self._run = wandb.init(

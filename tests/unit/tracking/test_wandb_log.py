@@ -147,3 +147,11 @@ def test_a_failure_of_wandb_in_mid_run_ends_tracking_and_not_the_run(tmp_path: P
     assert tracker.mode == "off"
     assert "no more is sent" in caplog.text
     tracker.finish()
+
+
+def test_a_tools_library_that_is_loaded_brings_no_advertisement(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    import mcp  # noqa: F401  one of those at which wandb has something to say
+
+    WandbTracker(config("offline"), tmp_path).finish()
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
