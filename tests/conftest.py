@@ -48,6 +48,7 @@ def gsm8k_calculator() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("java") is not None)
     here = Path(__file__).parent
     for item in items:
         if item.path.is_relative_to(here / "gpu"):

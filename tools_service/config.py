@@ -96,6 +96,12 @@ class ToolSet(Section):
     def _absolute(cls, value: dict[str, str]) -> dict[str, str]:
         return {name: absolute_spec(spec) for name, spec in value.items()}
 
+    @field_validator("options")
+    @classmethod
+    def _absolute_index(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """An index in a folder; any other name is that of a prebuilt one."""
+        return {name: {key: _absolute_folder(key, option) for key, option in options.items()} for name, options in value.items()}
+
     @model_validator(mode="after")
     def _known_names(self) -> ToolSet:
         if len(set(self.names)) < len(self.names):
@@ -119,6 +125,12 @@ class ServiceConfig(ToolSet):
 
     app: str = Field("tools", min_length=1)
     http: HttpConfig | None = None
+
+
+def _absolute_folder(key: str, option: Any) -> Any:
+    if key == "index" and isinstance(option, str) and os.path.isdir(folder := os.path.expanduser(option)):
+        return str(Path(folder).absolute())
+    return option
 
 
 def absolute_spec(spec: str) -> str:

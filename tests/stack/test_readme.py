@@ -58,9 +58,20 @@ def test_a_task_of_ones_own():
 def test_a_tool_of_ones_own(tmp_path):
     from toolrl_ray.tools.local import tool_factories
 
-    assert len(run(command("Weekday: my_tool.py:Weekday"))) == 4
-    tools = load("calculator", command("Weekday: my_tool.py:Weekday")[3:]).tools
+    [example] = [block for block in blocks("python") if "my_tool.py" in block]
+    assert len(example.splitlines()) < 15
+    assert len(run(command("Weekday: my_tool.py:weekday"))) == 4
+    tools = load("calculator", command("Weekday: my_tool.py:weekday")[3:]).tools
     assert tool_factories(tools)["Weekday"]()("2026-01-31") == "Saturday"
+
+
+@pytest.mark.java
+def test_a_recipe_with_search_over_an_index_of_ones_own(tmp_path):
+    rows = ['{"id": "1", "title": "Mercury", "text": "Mercury is the planet nearest to the sun."}\n']
+    (tmp_path / "corpus.jsonl").write_text("".join(rows))
+    build, train = command("toolrl index build corpus"), command("Wiki: {index: my-index}")
+    assert cli.main(build[1:]) == 0
+    assert len(run(train)) == 4
 
 
 def test_every_file_of_the_tree_exists():

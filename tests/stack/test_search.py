@@ -21,6 +21,7 @@ from tools_service.search.corpus import SearchError
 from tools_service.search.java import java_class, start_jvm
 from tools_service.search.tool import WikiTool
 
+pytestmark = pytest.mark.java
 ROOT = Path(__file__).resolve().parents[2]
 PASSAGES = [
     {

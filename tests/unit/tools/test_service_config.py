@@ -84,6 +84,13 @@ def test_files_are_named_absolutely_and_mcp_servers_as_they_are(tmp_path, monkey
     assert resolved == custom | {"Mine": f"{tmp_path}/tools/mine.py:Mine"}
 
 
+def test_the_folder_of_an_index_is_named_absolutely_and_a_prebuilt_one_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    for name, expected in (("mine", str(tmp_path / "mine")), ("wikipedia-kilt-doc", "wikipedia-kilt-doc")):
+        assert parse({"names": ["Wiki"], "options": {"Wiki": {"index": name, "k": 2}}}, "x").options["Wiki"] == {"index": expected, "k": 2}
+
+
 def test_the_plan_counts_what_the_pools_ask_for_at_least_and_nothing_for_a_shared_service():
     pools = {"Wiki": {"min_replicas": 2, "max_replicas": 8, "num_cpus": 2}}
     config = RunConfig.model_validate({"recipe": "t", "tools": {"names": [CALCULATOR, "Wiki"], "pools": pools}})
