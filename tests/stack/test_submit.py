@@ -28,15 +28,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def head(tmp_path_factory):
-    """A Ray head with two CPUs and its dashboard, on loopback; yields (dashboard address, environment)."""
-    environment = dict(
-        os.environ, PATH=f"{BIN}:{os.environ['PATH']}", TOOLRL_CACHE=str(tmp_path_factory.mktemp("cache")), PYTHONUNBUFFERED="1"
-    )
-    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    environment.pop("RAY_ADDRESS", None)
-    folder = tempfile.mkdtemp(prefix="ray-")  # short: sockets have short names; of its own: another Ray here stays the current one
+def started_head(folder: Path, environment: dict[str, str]) -> tuple[subprocess.Popen, str] | None:
+    """The process and the dashboard's address; None, with nothing left, where a port was taken between its choice and its use."""
     dashboard = free_port()
     ports = {"port": free_port(), "dashboard-port": dashboard, "dashboard-agent-listen-port": free_port()}
     command = [
@@ -49,31 +42,55 @@ def head(tmp_path_factory):
         "--dashboard-host=127.0.0.1",
         f"--temp-dir={folder}",
     ]
-    process = subprocess.Popen(
-        [*command, *(f"--{name}={port}" for name, port in ports.items())],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.STDOUT,
-    )
+    with (folder / "head.log").open("a") as log:
+        process = subprocess.Popen(
+            [*command, *(f"--{name}={port}" for name, port in ports.items())], env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
     address = f"http://127.0.0.1:{dashboard}"
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            urllib.request.urlopen(f"{address}/api/jobs/", timeout=5).read()
+            return process, address
+        except urllib.error.HTTPError:
+            return process, address  # it answers, and wants Ray's token, which its own clients find
+        except OSError:
+            time.sleep(0.5)
+    end(process)
+    return None
+
+
+def end(process: subprocess.Popen) -> None:
+    """Ends the head and all that it started."""
+    started = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.terminate()
     try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(f"{address}/api/jobs/", timeout=5).read()
-                break
-            except urllib.error.HTTPError:
-                break  # it answers, and wants Ray's token, which its own clients find
-            except OSError:
-                assert process.poll() is None and time.monotonic() < deadline, "the Ray head did not come up"
-                time.sleep(0.5)
-        yield address, environment
-    finally:
-        started = psutil.Process(process.pid).children(recursive=True)
-        process.terminate()
         process.wait(timeout=60)
-        for left in psutil.wait_procs(started, timeout=20)[1]:
-            left.kill()
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(timeout=10)
+    for left in psutil.wait_procs(started, timeout=20)[1]:
+        left.kill()
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory):
+    """A Ray head with two CPUs and its dashboard, on loopback; yields (dashboard address, environment)."""
+    environment = dict(
+        os.environ, PATH=f"{BIN}:{os.environ['PATH']}", TOOLRL_CACHE=str(tmp_path_factory.mktemp("cache")), PYTHONUNBUFFERED="1"
+    )
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment.pop("RAY_ADDRESS", None)
+    folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: sockets have short names; of its own: another Ray here stays the current one
+    try:
+        head = started_head(folder, environment) or started_head(folder, environment)
+        assert head is not None, f"the Ray head did not come up: {(folder / 'head.log').read_text()[-2000:]}"
+        process, address = head
+        try:
+            yield address, environment
+        finally:
+            end(process)
+    finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
