@@ -10,7 +10,9 @@ from toolrl_ray.config import RunConfig
 from toolrl_ray.errors import ConfigError, MissingDependency
 from toolrl_ray.types import Task
 
-STACK = frozenset({"torch", "transformers", "tokenizers", "safetensors", "ray", "vllm", "deepspeed", "numpy", "psutil"})
+STACK = frozenset(
+    {"torch", "transformers", "tokenizers", "safetensors", "ray", "vllm", "deepspeed", "numpy", "psutil", "httpx", "fastapi", "mcp"}
+)
 NUM_PROMPTS = 4  # of each split, that are measured
 
 
