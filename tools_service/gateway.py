@@ -65,10 +65,10 @@ class Gateway:
         except TimeoutError:
             return [timed_out(call.deadline_s) for call in calls]
         except TransportError as error:
+            if error.overloaded:  # nothing ran: a session is as it was
+                return [ToolResult(ToolStatus.OVERLOADED, error.reason) for _ in calls]
             if calls[0].session is not None:
                 self._handles.end_session(info.name, calls[0].session)  # lost: the next call starts anew
-            if error.overloaded:
-                return [ToolResult(ToolStatus.OVERLOADED, error.reason) for _ in calls]
             return [_unavailable(error.reason) for _ in calls]
 
     async def _tries(self, info: ToolInfo, calls: list[ToolCall]) -> list[ToolResult | None]:

@@ -75,3 +75,9 @@ def test_an_idempotent_call_is_tried_again_and_a_call_of_a_session_is_not():
 
 def test_a_tool_without_state_is_told_of_no_session():
     assert [r.text for r in ask(ToolCall("one", "a", 10.0, "s"), ToolCall("book", "a", 10.0, "s"))] == ["one a None", "book a s"]
+
+
+def test_a_call_that_is_shed_leaves_its_session_as_it_was():
+    handles = Handles()
+    assert [r.status for r in ask(ToolCall("book", "full", 10.0, "s"), handles=handles)] == [ToolStatus.OVERLOADED]
+    assert handles.ended == []
