@@ -163,6 +163,7 @@ class Run:
 
     def _evaluate(self, parts: Parts, heldout: list[Task], label: str, step: int, tracker: WandbTracker) -> None:
         result, trajectories = evaluate(self._config, parts, heldout, label)
+        self._tool_stats = parts.rollout.tool_stats()  # its calls are none of the next step's
         self._evals[label] = {"step": step, **result}
         (self._dir / "eval.json").write_text(json.dumps(self._evals, indent=1) + "\n")
         with closing(TrajectoryWriter(self._dir / "eval" / label)) as writer:

@@ -61,6 +61,11 @@ def test_evaluations_come_between_steps_where_asked_for_and_not_twice_at_the_end
     assert evaluations == ["collect eval-before", "collect eval-step-1", "collect eval-after"]
 
 
+def test_a_steps_tool_calls_are_those_of_the_step_and_not_of_an_evaluation_before_it(tmp_path: Path) -> None:
+    start(tmp_path, "eval.every_steps=1").train(ScriptedParts().parts())  # one call a collection
+    assert [m["tools/T/calls"] for m in load_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 1]
+
+
 def test_the_tracker_ends_only_when_it_is_closed_and_then_has_every_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finished = []
 
