@@ -10,15 +10,19 @@ from tools_service.sandbox import lockdown
 
 def fork_cleaner(confinement: lockdown.Confinement, folder: str) -> int:
     parent = os.getpid()
+    limits = replace(confinement.limits, max_open_files=confinement.limits.max_files + 64, cpu_s=60)
+    ruleset = lockdown.file_rules(confinement, folder) if confinement.landlock else -1
     pid = lockdown.fork()
     if pid == 0:
         try:
             lockdown.die_with_parent(parent)
-            limits = replace(confinement.limits, max_open_files=confinement.limits.max_files + 64, cpu_s=60)
-            lockdown.lock_down(replace(confinement, limits=limits), folder, False, lambda listener: None)
+            rlimits = lockdown.own_rlimits(limits, session=False)
+            lockdown.lock_down(replace(confinement, limits=limits), ruleset, rlimits, lambda listener: None)
             empty(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW))
         finally:
             os._exit(0)
+    if ruleset >= 0:
+        os.close(ruleset)
     return pid
 
 

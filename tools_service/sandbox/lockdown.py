@@ -23,8 +23,7 @@ READ_FILE, READ_DIR = 1 << 2, 1 << 3
 SCRATCH_RIGHTS = (1 << 1) | READ_FILE | READ_DIR | (1 << 4) | (1 << 5) | (1 << 7) | (1 << 8)
 REFER, TRUNCATE = 1 << 13, 1 << 14
 
-libc = ctypes.CDLL(None, use_errno=True)
-python_api = ctypes.PyDLL(None, use_errno=True)  # keeps the interpreter's lock
+libc = ctypes.PyDLL(None, use_errno=True)  # keeps the interpreter's lock: nothing here takes long
 
 
 def check(result: int, what: str) -> int:
@@ -37,7 +36,7 @@ def check(result: int, what: str) -> int:
 def fork() -> int:
     """The C library's fork, for a process with one thread. What the interpreter adds to it (locks and lists of other threads, hooks
     that reseed generators) touches so many pages that it takes longer than all else; children seed their generators themselves."""
-    return check(python_api.fork(), "fork")
+    return check(libc.fork(), "fork")
 
 
 def landlock_abi() -> int:
@@ -50,15 +49,14 @@ class Confinement:
     """What a child keeps.
 
     read_fds: (O_PATH descriptor, is a folder) of what it may read; device_fds: to read and write. programs: the system call filter
-    with and without a supervisor; None for no filter at all. landlock: False leaves files to the filter.
+    with and without a supervisor; None for no filter at all. landlock: the version to use; 0 leaves files to the filter.
     """
 
     limits: Limits
     read_fds: tuple[tuple[int, bool], ...]
     device_fds: tuple[int, ...]
-    landlock: bool
+    landlock: int
     programs: tuple[bytes, bytes] | None
-    address_space_bytes: int
 
 
 def drop_capabilities() -> None:
@@ -76,29 +74,44 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def set_rlimits(limits: Limits, address_space_bytes: int, session: bool) -> None:
-    """session: every run has the CPU limit to itself, so the owner counts: a hard limit could not be raised again, and a soft one
-    can be ignored."""
+def lowered(what: int, soft: int, hard: int) -> tuple[int, tuple[int, int]]:
+    """The machine's own limit may be lower; it cannot be raised."""
+    ceiling = resource.getrlimit(what)[1]
+    if ceiling != resource.RLIM_INFINITY:
+        hard = ceiling if hard == resource.RLIM_INFINITY else min(hard, ceiling)
+        soft = min(soft, ceiling)
+    return what, (soft, hard)
+
+
+def own_rlimits(limits: Limits, session: bool) -> tuple[tuple[int, tuple[int, int]], ...]:
+    """Those that a child sets itself, because its parent could not live under them.
+
+    session: every run has the CPU limit to itself, so the owner counts: a hard limit could not be raised again, and a soft one can
+    be ignored.
+    """
     cpu_s = resource.RLIM_INFINITY if session else int(-(-limits.cpu_s // 1))
-    for what, soft, hard in (
-        (resource.RLIMIT_CPU, cpu_s, resource.RLIM_INFINITY if session else cpu_s + 1),
-        (resource.RLIMIT_AS, address_space_bytes, address_space_bytes),
-        (resource.RLIMIT_NOFILE, limits.max_open_files, limits.max_open_files),
-        (resource.RLIMIT_FSIZE, limits.max_file_bytes, limits.max_file_bytes),
-        (resource.RLIMIT_CORE, 0, 0),
-        (resource.RLIMIT_MEMLOCK, 0, 0),
-        (resource.RLIMIT_MSGQUEUE, 0, 0),
-        (resource.RLIMIT_SIGPENDING, 64, 64),  # counted per user: a queue full of its own signals would be everyone's
+    cpu = lowered(resource.RLIMIT_CPU, cpu_s, resource.RLIM_INFINITY if session else cpu_s + 1)
+    return cpu, lowered(resource.RLIMIT_NOFILE, limits.max_open_files, limits.max_open_files)
+
+
+def restrict_server(limits: Limits, address_space_bytes: int) -> None:
+    """What children inherit, so that none of them has to do it again. The calling process must have one thread."""
+    check(libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl(PR_SET_DUMPABLE)")
+    check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl(PR_SET_NO_NEW_PRIVS)")
+    for what, most in (
+        (resource.RLIMIT_AS, address_space_bytes),
+        (resource.RLIMIT_FSIZE, limits.max_file_bytes),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_MEMLOCK, 0),
+        (resource.RLIMIT_MSGQUEUE, 0),
+        (resource.RLIMIT_SIGPENDING, 64),  # counted per user: a queue full of its own signals would be everyone's
     ):
-        ceiling = resource.getrlimit(what)[1]
-        if ceiling != resource.RLIM_INFINITY:  # the machine's own limit may be lower; it cannot be raised
-            hard = ceiling if hard == resource.RLIM_INFINITY else min(hard, ceiling)
-            soft = min(soft, ceiling)
-        resource.setrlimit(what, (soft, hard))
+        resource.setrlimit(*lowered(what, most, most))
 
 
-def restrict_files(confinement: Confinement, scratch: str | None) -> None:
-    abi = landlock_abi()
+def file_rules(confinement: Confinement, scratch: str | None) -> int:
+    """A Landlock ruleset, as a descriptor, for one child: made by its parent, for whom it costs no page of memory."""
+    abi = confinement.landlock
     handled = (1 << 13) - 1 | (REFER if abi >= 2 else 0) | (TRUNCATE if abi >= 3 else 0) | ((1 << 15) if abi >= 5 else 0)
     # TCP bind and connect from ABI 4; abstract sockets and signals to processes outside from ABI 6.
     attr = struct.pack("<QQQ", handled, 3, 3)[: 24 if abi >= 6 else 16 if abi >= 4 else 8]
@@ -115,24 +128,23 @@ def restrict_files(confinement: Confinement, scratch: str | None) -> None:
         fd = os.open(scratch, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         rule(fd, SCRATCH_RIGHTS | REFER | TRUNCATE)
         os.close(fd)
-    check(libc.syscall(LANDLOCK_RESTRICT, ruleset, 0), "landlock_restrict_self")
-    os.close(ruleset)
+    return ruleset
 
 
-def lock_down(confinement: Confinement, scratch: str | None, session: bool, hand_over) -> None:
-    """The calling process, which must have one thread, keeps what `confinement` says and descriptors 0 to 3.
+def lock_down(confinement: Confinement, ruleset: int, rlimits: tuple, hand_over) -> None:
+    """The calling process, a child of one that `restrict_server` holds, keeps what `confinement` says and descriptors 0 to 3.
 
-    hand_over(listener): called with the descriptor of the notification listener, or -1 where the kernel offers none; it may
-    call sendmsg on descriptor max_open_files. Raises OSError where anything fails: the caller must not go on.
+    ruleset: of `file_rules`; -1 for none. rlimits: of `own_rlimits`. hand_over(listener): called with the descriptor of the
+    notification listener, or -1 where the kernel offers none; it may call sendmsg on descriptor max_open_files. Raises OSError where
+    anything fails: the caller must not go on.
     """
-    check(libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl(PR_SET_DUMPABLE)")
-    check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl(PR_SET_NO_NEW_PRIVS)")
-    if confinement.landlock:
-        restrict_files(confinement, scratch)
+    if ruleset >= 0:
+        check(libc.syscall(LANDLOCK_RESTRICT, ruleset, 0), "landlock_restrict_self")
     channel = confinement.limits.max_open_files
     check(libc.syscall(SYS_CLOSE_RANGE, 4, channel - 1, 0), "close_range")  # room for the listener under the limit below
     check(libc.syscall(SYS_CLOSE_RANGE, channel + 1, 0xFFFFFFFF, 0), "close_range")
-    set_rlimits(confinement.limits, confinement.address_space_bytes, session)
+    for what, limit in rlimits:
+        resource.setrlimit(what, limit)
     if confinement.programs is None:  # the owner was told `unsafe_no_isolation`
         hand_over(-1)
         check(libc.syscall(SYS_CLOSE_RANGE, 4, 0xFFFFFFFF, 0), "close_range")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import _sitebuiltins
 import builtins
 import contextlib
-import fcntl
 import gc
 import importlib
 import json
@@ -58,6 +57,11 @@ class Server:
         self.handlers = {}
         self.children: dict[int, Child] = {}
         self.num_forked = 0
+        self.rlimits = {session: lockdown.own_rlimits(self.limits, session) for session in (False, True)}
+        # Holds the number that a child's way back has, so that nothing else gets it.
+        placeholder, _ = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        os.dup2(placeholder.fileno(), self.limits.max_open_files, inheritable=False)
+        self.channel = socket.socket(fileno=self.limits.max_open_files)
         self.watch(control.fileno(), self.on_request)
         # A process that the owner forked may hold the channel open; and a death signal would follow the owner's thread.
         self.watch(owner_pidfd, self.shut_down)
@@ -87,49 +91,51 @@ class Server:
         self.fork_child(session=message == b"s")
 
     def fork_child(self, session: bool) -> None:
+        """What can be made before the fork is: a child pays a page of memory for almost every object that it touches."""
         self.num_forked += 1
         base = self.config["scratch"]
         scratch = f"{base}/{self.num_forked}" if base else None
         if scratch:
             os.mkdir(scratch, 0o700)
+            os.chdir(scratch)
         job, job_of_child = socket.socketpair()
         output, output_of_child = os.pipe2(os.O_CLOEXEC)
         hand_over, hand_over_of_child = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        devnull = os.open(os.devnull, os.O_RDONLY)  # its own: flags and position belong to what was opened, not to who holds it
+        ruleset = lockdown.file_rules(self.confinement, scratch) if self.confinement.landlock else -1
+        fds = (hand_over_of_child.fileno(), devnull, output_of_child, output_of_child, job_of_child.fileno())
+        targets = tuple(zip(fds, (self.channel.fileno(), 0, 1, 2, 3), strict=True))  # 3 last: it may be a source
+        rlimits = self.rlimits[session]
         parent = os.getpid()
         pid = lockdown.fork()
         if pid == 0:
-            self.be_child(parent, scratch, session, job_of_child.fileno(), output_of_child, hand_over_of_child)
+            self.be_child(parent, targets, ruleset, rlimits, session)
         job_of_child.close()
-        os.close(output_of_child)
         hand_over_of_child.close()
+        for fd in (output_of_child, devnull, ruleset):
+            if fd >= 0:
+                os.close(fd)
         child = Child(self.num_forked, pid, os.pidfd_open(pid), scratch, session, hand_over, (job.detach(), output))
         self.children[child.number] = child
         self.watch(child.pidfd, lambda: self.on_exit(child))
         self.watch(hand_over.fileno(), lambda: self.on_locked_down(child))
 
-    def be_child(self, parent: int, scratch: str | None, session: bool, job: int, output: int, hand_over: socket.socket) -> None:
+    def be_child(self, parent: int, targets: tuple, ruleset: int, rlimits: tuple, session: bool) -> None:
         """Never returns."""
         try:
             lockdown.die_with_parent(parent)
-            if scratch:
-                os.chdir(scratch)
-            devnull = os.open(os.devnull, os.O_RDONLY)  # its own: flags and position belong to what was opened, not to who holds it
-            # High numbers first: a low one may be the target of another.
-            fds = [fcntl.fcntl(fd, fcntl.F_DUPFD, self.limits.max_open_files + 1) for fd in (hand_over.fileno(), output, job)]
-            for fd, target in ((fds[0], self.limits.max_open_files), (devnull, 0), (fds[1], 1), (fds[1], 2), (fds[2], 3)):
+            for fd, target in targets:
                 os.dup2(fd, target)
-            channel = socket.socket(fileno=self.limits.max_open_files)
-            lockdown.lock_down(
-                self.confinement, scratch, session,
-                lambda listener: socket.send_fds(channel, [b"L"], [] if listener < 0 else [listener]),
-            )  # fmt: skip
-            channel.detach()
+            lockdown.lock_down(self.confinement, ruleset, rlimits, self.hand_over)
             child_side.serve_session() if session else child_side.serve_once()
         except BaseException as error:
             with contextlib.suppress(BaseException):
-                channel.send(f"E{error}".encode()[:2000])
+                self.channel.send(f"E{error}".encode()[:2000])
         finally:
             os._exit(child_side.EXIT_ERROR)
+
+    def hand_over(self, listener: int) -> None:
+        socket.send_fds(self.channel, [b"L"], [] if listener < 0 else [listener])
 
     def on_locked_down(self, child: Child) -> None:
         try:
@@ -236,13 +242,11 @@ def open_confinement(config: dict) -> lockdown.Confinement:
 
     read = tuple((opened(path), os.path.isdir(path)) for path in config["read_paths"] if os.path.exists(path))
     devices = tuple(opened(path) for path in config["devices"] if os.path.exists(path))
-    with open("/proc/self/statm") as file:
-        mapped_bytes = int(file.read().split()[0]) * resource.getpagesize()
     limits = Limits(**config["limits"])
     programs = None
     if config["seccomp"]:
         programs = tuple(allow_list(config["landlock"], supervised, limits.max_open_files) for supervised in (True, False))
-    return lockdown.Confinement(limits, read, devices, config["landlock"], programs, mapped_bytes + limits.memory_bytes)
+    return lockdown.Confinement(limits, read, devices, lockdown.landlock_abi() if config["landlock"] else 0, programs)
 
 
 def main() -> None:
@@ -256,6 +260,9 @@ def main() -> None:
         load(config)
         drop_privileges(config["uid"])
         confinement = open_confinement(config)
+        with open("/proc/self/statm") as file:
+            mapped_bytes = int(file.read().split()[0]) * resource.getpagesize()
+        lockdown.restrict_server(confinement.limits, mapped_bytes + confinement.limits.memory_bytes)
         if config["scratch"]:
             cleaner.sweep(confinement, config["scratch"])
         if len(os.listdir("/proc/self/task")) != 1:
