@@ -7,11 +7,8 @@ object.
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import json
-import logging
-import time
 import typing
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -19,11 +16,7 @@ from typing import Any
 
 from tools_service.loading import LoadingError, load_name
 from tools_service.protocol import AsyncTool, Tool, ToolCall, ToolError, ToolResult, ToolStatus
-from tools_service.runner import MAX_MESSAGE_CHARS, MAX_OUTPUT_CHARS
 
-logger = logging.getLogger(__name__)
-
-ONE_STRING = {"type": "object", "properties": {"argument": {"type": "string"}}, "required": ["argument"]}
 MCP_PREFIX = "mcp:"
 # What a function or a transformers-style tool may state of itself, as attributes: see `Tool`.
 STATEMENTS = ("idempotent", "probe", "max_batch", "cacheable")
@@ -155,26 +148,10 @@ class CallableTool:
 
 
 class AsyncCallableTool(CallableTool):
-    """The same for an `async def`: its task is cancelled at the call's deadline or when the caller has gone."""
+    """The same for an `async def`. What it raises, and its deadline, are the Executor's to handle."""
 
     async def call(self, call: ToolCall) -> ToolResult:
-        start = time.perf_counter()
-
-        def result(status: ToolStatus, text: str, truncated: bool = False) -> ToolResult:
-            return ToolResult(status, text, time.perf_counter() - start, truncated)
-
-        try:
-            async with asyncio.timeout(call.deadline_s) as deadline:
-                text = output_text(await self._function(**self.arguments(call.argument)))
-        except ToolError as error:
-            status = ToolStatus.TOOL_ERROR if error.status is ToolStatus.OK else error.status
-            return result(status, str(error.message)[:MAX_MESSAGE_CHARS])
-        except (Exception, SystemExit) as error:
-            if isinstance(error, TimeoutError) and deadline.expired():
-                return result(ToolStatus.TIMEOUT, f"no answer within {call.deadline_s:.3g} s")
-            logger.warning("tool %s raised on %.200r", self.name, call.argument, exc_info=True)
-            return result(ToolStatus.TOOL_ERROR, f"the tool failed with {type(error).__name__}")
-        return result(ToolStatus.OK, text[:MAX_OUTPUT_CHARS], len(text) > MAX_OUTPUT_CHARS)
+        return ToolResult(ToolStatus.OK, output_text(await self._function(**self.arguments(call.argument))))
 
 
 def output_text(output: Any) -> str:

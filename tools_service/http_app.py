@@ -95,7 +95,7 @@ class Batch(BaseModel):
 
 
 class Result(BaseModel):
-    """How a call ended. text: the tool's output where status is ok, otherwise a short reason."""
+    """How a call ended. text: the tool's output where status is ok, otherwise a short reason. latency_s: of this call, in a batch too."""
 
     model_config = ConfigDict(extra="forbid")
 

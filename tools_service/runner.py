@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,7 +22,8 @@ LARGE = {"Wiki"}  # built-in tools that take memory and seconds to make: their m
 Factory = Callable[[], Tool | AsyncTool]
 
 
-def _one_argument() -> dict[str, Any]:
+def one_string() -> dict[str, Any]:
+    """The JSON schema of a tool that says nothing of its parameters."""
     return {"type": "object", "properties": {"argument": {"type": "string"}}, "required": ["argument"]}
 
 
@@ -43,7 +44,7 @@ class ToolInfo:
     description: str
     idempotent: bool
     max_batch: int = 1
-    parameters: dict[str, Any] = field(default_factory=_one_argument)
+    parameters: dict[str, Any] = field(default_factory=one_string)
     cacheable: bool = False
     stateful: bool = False
     max_in_flight: int = 64
@@ -58,7 +59,7 @@ def tool_info(tool: Tool | AsyncTool) -> ToolInfo:
         tool.description,
         tool.idempotent,
         getattr(tool, "max_batch", 1),
-        getattr(tool, "parameters", None) or _one_argument(),
+        getattr(tool, "parameters", None) or one_string(),
         getattr(tool, "cacheable", False),
         bool(getattr(tool, "stateful", hasattr(tool, "end_session"))),
     )
@@ -99,6 +100,10 @@ def failed(name: str, argument: str, error: BaseException, latency_s: float = 0.
 def not_text(name: str, argument: str, output: object, latency_s: float = 0.0) -> ToolResult:
     logger.warning("tool %s returned %s instead of text on %.200r", name, type(output).__name__, argument)
     return ToolResult(ToolStatus.TOOL_ERROR, f"the tool returned {type(output).__name__} instead of text", latency_s)
+
+
+def unknown_tool(name: str, known: Iterable[str]) -> ToolResult:
+    return ToolResult(ToolStatus.UNKNOWN_TOOL, f"no tool {name[:50]!r}; tools: {', '.join(known)}")
 
 
 def _calculator(**options: Any) -> Tool:

@@ -12,6 +12,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from tools_service.runner import Factory, tool_factories
@@ -28,14 +29,18 @@ os.environ.update(SERVE_ENV)
 
 DEFAULT_APP = "tools"
 GATEWAY = "http"  # the deployment behind the HTTP proxy
+HTTP_IN_FLIGHT = 1000  # requests
+HTTP_QUEUED = 4096  # more of them, in the proxy: what comes at once passes through here too. As many as wait for a pool; the rest is 503
+HTTP_RETRY_AFTER_S = 1
 POLL_S = 0.1
 PROXY_TIMEOUT_S = 30.0
 DRAIN_POLL_S = 0.2  # how often a replica that drains looks whether it is idle
 LOOK_BACK_S = 3.0  # over which requests in flight are averaged
+REMOVE_S = 60.0  # in which Serve has to remove an application that has drained
 
 
 class ServiceError(Exception):
-    """The service could not be started; the message is one line that names what is missing."""
+    """The service could not be started, found or removed; the message is one line that names what is missing."""
 
 
 class ToolStartError(ServiceError):
@@ -80,7 +85,8 @@ def start(
         failure = _start_failure(app_name)
         if failure or state[0] == "DEPLOY_FAILED" or time.monotonic() > deadline:
             free = ray.available_resources().get("CPU", 0.0)
-            shutdown(app_name)
+            with suppress(ServiceError):  # why it did not start is what matters; Serve goes on removing it
+                shutdown(app_name, timeout_s=REMOVE_S)
             if failure:
                 raise ToolStartError(failure)
             raise ServiceError(
@@ -91,12 +97,29 @@ def start(
     return {name: serve.get_deployment_handle(name, app_name) for name in tools}
 
 
-def shutdown(app_name: str = DEFAULT_APP, *, wait: bool = True) -> None:
-    """Removes this application and no other. Does nothing where it does not run. Without `wait` Serve drains it on its own."""
+def shutdown(app_name: str = DEFAULT_APP, *, wait: bool = True, timeout_s: float | None = None) -> None:
+    """Removes this application and no other. Does nothing where it does not run. Without `wait` Serve drains it on its own.
+
+    Raises ServiceError where it is still there after timeout_s (default: the longest drain_s of its pools and REMOVE_S).
+    """
     from ray import serve
 
-    if app_name in serve.status().applications:
-        serve.delete(app_name, _blocking=wait)
+    if app_name not in serve.status().applications:
+        return
+    drain_s = _drain_s(app_name) if wait else {}  # Serve tells it no more once it removes the application
+    if timeout_s is None:
+        timeout_s = max(drain_s.values(), default=0.0) + REMOVE_S
+    serve.delete(app_name, _blocking=False)
+    deadline = time.monotonic() + timeout_s
+    while wait and app_name in serve.status().applications:
+        if time.monotonic() > deadline:
+            longest_first = sorted(drain_s.items(), key=lambda item: -item[1])
+            tools = ", ".join(f"{name} {seconds:g} s" for name, seconds in longest_first) or "it was being removed already"
+            raise ServiceError(
+                f"the tools application {app_name!r} is not gone after {timeout_s:g} s; calls may go on for the drain_s of their pools "
+                f"({tools}), then Serve removes it; wait for that, or give the pools a lower drain_s"
+            )
+        time.sleep(POLL_S)
 
 
 def running(app_name: str = DEFAULT_APP) -> list[str]:
@@ -144,6 +167,7 @@ def _start_serve(http: HttpConfig | None) -> None:
 
 def _application(tools: Mapping[str, Factory], plan: Mapping[str, PoolConfig], with_http: bool) -> Any:
     from ray import serve
+    from ray.serve.config import BackpressureConfig
 
     def bind(name: str, siblings: tuple[Any, ...] = ()) -> Any:
         pool = plan[name]
@@ -154,7 +178,9 @@ def _application(tools: Mapping[str, Factory], plan: Mapping[str, PoolConfig], w
         gateway = serve.deployment(
             serve.ingress()(HttpDeployment),
             name=GATEWAY,
-            max_ongoing_requests=1000,
+            max_ongoing_requests=HTTP_IN_FLIGHT,
+            max_queued_requests=HTTP_QUEUED,
+            backpressure_config=BackpressureConfig(retry_after_s=HTTP_RETRY_AFTER_S),
             ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": SERVE_ENV}},
         )
         return gateway.bind(list(tools), tuple(bind(name) for name in tools))
@@ -203,6 +229,14 @@ def _state(app_name: str) -> tuple[str, str]:
         return "NOT_STARTED", "Serve has not taken the application up"
     messages = [f"{name}: {d.message}" for name, d in application.deployments.items() if d.message]
     return str(application.status.value), " ".join(" ".join([application.message, *messages]).split())
+
+
+def _drain_s(app_name: str) -> dict[str, float]:
+    """Seconds by tool; nothing for an application that is being removed."""
+    from ray import serve
+
+    there = serve.context._get_global_client().get_serve_details()["applications"].get(app_name, {}).get("deployments", {})
+    return {name: of["deployment_config"]["graceful_shutdown_timeout_s"] for name, of in there.items() if name != GATEWAY}
 
 
 def _start_failure(app_name: str) -> str | None:

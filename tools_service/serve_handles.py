@@ -1,16 +1,18 @@
 """Requests to the tools of an application through Serve's deployment handles: what a training run's client and the HTTP face share.
 
 A stateful tool keeps a session in one replica, its home. The first call of a session opens it in any replica and learns which;
-the others go there (see serve_router.py). Where the home has gone, so has the session: a replica that does not hold a session never
-runs its calls.
+the others go there, and wait where it is full (see serve_router.py). Where the home has gone, so has the session: a replica that does
+not hold a session never runs its calls.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
+import random
 import uuid
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,8 +22,15 @@ from tools_service.runner import ToolInfo
 
 logger = logging.getLogger(__name__)
 
-MAX_SESSIONS = 100_000  # whose homes are remembered; the oldest is forgotten first
-END_TIMEOUT_S = 10.0
+MAX_SESSIONS = 100_000  # whose homes are remembered; the oldest is ended first
+END_TIMEOUT_S = 600.0  # in which a session is ended: the longest deadline of a call over HTTP, after which a full home has room
+CLOSE_TIMEOUT_S = 10.0
+MAX_TRIES = 3  # of a call that may be repeated, where its request failed on its way
+BACKOFF_S = 0.1  # before try n+1: 2**n times this, times a random factor in [0.5, 1.5)
+
+
+def backoff_s(attempt: int) -> float:
+    return BACKOFF_S * 2**attempt * random.uniform(0.5, 1.5)
 
 
 class TransportError(Exception):
@@ -70,6 +79,8 @@ class ReplicaStats:
 
 @dataclass
 class _Session:
+    # In its replica: callers that share the service share no session, nor do two of one caller that follow each other by one name.
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
     home: str | None = None  # the replica's id
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # calls of one session run one after another
 
@@ -82,53 +93,55 @@ class ToolHandles:
 
         self._app_name = app_name
         self._handles: dict[str, Any] = {}
-        self._sessions: OrderedDict[tuple[str, str], _Session] = OrderedDict()
-        self._prefix = uuid.uuid4().hex[:12]  # callers that share the service share no session
+        self._sessions: dict[tuple[str, str], _Session] = {}
         self._ending: set[asyncio.Task[None]] = set()
 
     async def describe(self, tool: str) -> ToolInfo:
         return await self._request(tool, "describe")
 
     async def send(self, tool: str, calls: list[ToolCall]) -> list[ToolResult | None]:
-        """One entry per call, in order. None: that call must be sent again alone. A call with a session travels alone."""
+        """One entry per call, in order; deadlines count from now. None: that call must be sent again alone. A call with a session
+        travels alone."""
         if len(calls) == 1 and calls[0].session is not None:
             return await self._send_in_session(tool, calls[0], calls[0].session)
         return await self._request(tool, "call_batch", calls)
 
     async def _send_in_session(self, tool: str, call: ToolCall, name: str) -> list[ToolResult | None]:
+        start = asyncio.get_running_loop().time()
         session = self._sessions.setdefault((tool, name), _Session())
         if len(self._sessions) > MAX_SESSIONS:
-            self._sessions.popitem(last=False)
-        call = replace(call, session=f"{self._prefix}:{name}")
+            self.end_session(*next(iter(self._sessions)))
         async with session.lock:
             if session.home is None:
                 try:
-                    session.home = await self._request(tool, "open_session", call.session)
+                    session.home = await self._request(tool, "open_session", session.id)
                 except TransportError as error:
                     raise TransportError(error.reason, True, error.overloaded) from error
-            results = await self._request(tool, "call_batch", [call], home=session.home)
+            left_s = max(0.0, call.deadline_s - (asyncio.get_running_loop().time() - start))
+            results = await self._request(tool, "call_batch", [replace(call, session=session.id, deadline_s=left_s)], home=session.home)
         if results == [None]:
-            raise TransportError("the replica that holds the session is full or gone", not_started=True)
+            raise TransportError("the replica that holds the session is gone", not_started=True)
         return results
 
     def end_session(self, tool: str, name: str) -> None:
         """Forgets the session and lets its home forget it, in the background. Does nothing for a session without calls."""
         session = self._sessions.pop((tool, name), None)
         if session is not None and session.home is not None:
-            task = asyncio.get_running_loop().create_task(self._end(tool, name, session.home))
+            task = asyncio.get_running_loop().create_task(self._end(tool, session.id, session.home))
             self._ending.add(task)
             task.add_done_callback(self._ending.discard)
 
-    async def _end(self, tool: str, name: str, home: str) -> None:
+    async def _end(self, tool: str, session_id: str, home: str) -> None:
         try:
             async with asyncio.timeout(END_TIMEOUT_S):
-                await self._request(tool, "end_session", f"{self._prefix}:{name}", home=home)
+                await self._request(tool, "end_session", session_id, home=home)
         except (TransportError, TimeoutError) as error:  # the replica ends sessions that nobody uses
-            logger.debug("session %s of tool %s was not ended: %r", name, tool, error)
+            logger.debug("a session of tool %s was not ended: %r", tool, error)
 
     async def close(self) -> None:
-        """Waits until the sessions that are ending have ended, at most END_TIMEOUT_S."""
-        await asyncio.gather(*self._ending, return_exceptions=True)
+        """Waits until the sessions that are ending have ended, at most CLOSE_TIMEOUT_S."""
+        if self._ending:
+            await asyncio.wait(self._ending, timeout=CLOSE_TIMEOUT_S)
 
     async def _request(self, tool: str, method: str, *arguments: Any, home: str | None = None) -> Any:
         from ray.exceptions import RayError
@@ -141,7 +154,9 @@ class ToolHandles:
         if home is not None:
             handle = handle.options(session_id=home)
         try:
-            return await getattr(handle, method).remote(*arguments)
+            # In a context of its own: requests that are made while the HTTP face answers one would all bear the id of that, and
+            # SessionRouter's base finds a replica for one request of an id only.
+            return await contextvars.Context().run(getattr(handle, method).remote, *arguments)
         except BackPressureError as error:
             raise TransportError("too many requests wait already", not_started=True, overloaded=True) from error
         except DeploymentUnavailableError as error:

@@ -251,7 +251,7 @@ def test_a_session_whose_replica_died_is_unavailable_once_and_then_new(caller, t
     assert other.text.split()[1] == "2"
     gone = sessions[homes.index(victim)]
     [lost] = ask(caller, ("Notebook", "", gone))
-    assert lost.status is ToolStatus.UNAVAILABLE and "full or gone" in lost.text
+    assert lost.status is ToolStatus.UNAVAILABLE and "is gone" in lost.text
     assert ask(caller, ("Notebook", "", gone))[0].text.split()[1] == "1"
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import random
 from collections import Counter
 from collections.abc import Coroutine
 from dataclasses import dataclass, replace
@@ -24,15 +23,13 @@ from typing import Protocol, TypeVar
 
 from tools_service.protocol import ToolCall, ToolResult, ToolStatus
 from tools_service.runner import ToolInfo
-from tools_service.serve_handles import TransportError
+from tools_service.serve_handles import MAX_TRIES, TransportError, backoff_s
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BATCHES_IN_FLIGHT = 2  # per replica: one that runs, others on the wire; more would only make the batches smaller
 SLOW_S = 0.2  # after which a request no longer holds a slot of the batches; more than the service takes to break a batch up
-MAX_TRIES = 3
-BACKOFF_S = 0.1  # before try n+1: 2**n times this, times a random factor in [0.5, 1.5)
 
 
 class Transport(Protocol):
@@ -154,7 +151,7 @@ class CallQueue:
                     return
                 except TransportError as error:
                     reason = error.reason
-                    await asyncio.sleep(_backoff_s(attempt))
+                    await asyncio.sleep(backoff_s(attempt))
             for item in list(self._live):
                 item.settle(ToolResult(ToolStatus.UNAVAILABLE, f"tool unavailable: {reason}"))
         finally:
@@ -254,13 +251,9 @@ class CallQueue:
         self._counts["retries"] += 1
         self._counts[f"{self._name}/retries"] += 1
         item.failure = error.reason
-        asyncio.get_running_loop().call_later(_backoff_s(item.tries - 1), self._requeue, item)
+        asyncio.get_running_loop().call_later(backoff_s(item.tries - 1), self._requeue, item)
 
     def _requeue(self, item: PendingCall) -> None:
         if not item.future.done():
             self._again[item] = None
             self._schedule()
-
-
-def _backoff_s(attempt: int) -> float:
-    return BACKOFF_S * 2**attempt * random.uniform(0.5, 1.5)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from toolrl_ray.tools.call_queue import CallQueue, PendingCall, Transport
 from toolrl_ray.tools.stats import count_call
 from tools_service.protocol import ToolCall, ToolResult, ToolStatus
+from tools_service.runner import unknown_tool
 
 
 class Dispatcher:
@@ -99,7 +100,3 @@ class Dispatcher:
         """Cancels what is in flight; callers that still wait are answered UNAVAILABLE."""
         for queue in self._queues.values():
             await queue.close()
-
-
-def unknown_tool(name: str, known: Iterable[str]) -> ToolResult:
-    return ToolResult(ToolStatus.UNKNOWN_TOOL, f"no tool {name[:50]!r}; tools: {', '.join(known)}")

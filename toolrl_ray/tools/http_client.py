@@ -94,8 +94,7 @@ class HttpTools:
         """Results, or the reason why the request certainly did not reach the tools."""
         import httpx
 
-        # Calls that shared a request inside the service and did not end may be run once more, alone.
-        timeout = httpx.Timeout(2 * max(call.deadline_s for call in calls) + ANSWER_S, connect=CONNECT_S, pool=None)
+        timeout = httpx.Timeout(max(call.deadline_s for call in calls) + ANSWER_S, connect=CONNECT_S, pool=None)
         try:
             answer = await self._client.post("/v1/call", content=body, headers={"content-type": "application/json"}, timeout=timeout)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:

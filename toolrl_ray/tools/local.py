@@ -9,12 +9,11 @@ from dataclasses import replace
 
 from toolrl_ray.config import ToolsConfig
 from toolrl_ray.errors import ConfigError
-from toolrl_ray.tools.dispatch import unknown_tool
 from toolrl_ray.tools.stats import count_call
 from tools_service import runner
 from tools_service.executor import Executor
 from tools_service.protocol import ToolCall, ToolResult, ToolStatus
-from tools_service.runner import Factory, ToolInfo
+from tools_service.runner import Factory, ToolInfo, unknown_tool
 
 CLOSE_TIMEOUT_S = 10.0
 

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tools_service.adapters import ONE_STRING, argument_text, arguments_of, load_tool, result_fields, text_parameter, valid_text
+from tools_service.adapters import argument_text, arguments_of, load_tool, result_fields, text_parameter, valid_text
 from tools_service.executor import Executor
 from tools_service.loading import LoadingError
 from tools_service.protocol import ToolCall, ToolError, ToolResult, ToolStatus
-from tools_service.runner import tool_info
+from tools_service.runner import one_string, tool_info
 
 OK, TOOL_ERROR, BAD_ARGUMENTS, TIMEOUT = ToolStatus.OK, ToolStatus.TOOL_ERROR, ToolStatus.BAD_ARGUMENTS, ToolStatus.TIMEOUT
 
@@ -359,8 +359,8 @@ def test_arguments_survive_the_way_through_the_text(arguments):
 @example("")
 @example("{}")
 def test_the_one_text_of_a_tool_is_handed_on_as_it_is(text):
-    assert argument_text(ONE_STRING, {"argument": text}) == text
-    assert arguments_of(ONE_STRING, text) == {"argument": text}
+    assert argument_text(one_string(), {"argument": text}) == text
+    assert arguments_of(one_string(), text) == {"argument": text}
 
 
 @given(st.text(st.characters(exclude_categories=())))
@@ -373,7 +373,7 @@ def test_any_text_becomes_text_that_utf_8_can_carry_and_sound_text_stays(text):
 @pytest.mark.parametrize(
     ("parameters", "name"),
     [
-        (ONE_STRING, "argument"),
+        (one_string(), "argument"),
         ({"properties": {"q": {"type": "string", "maxLength": 3}}, "required": ["q"]}, "q"),
         ({"properties": {"q": {"type": "string"}}}, None),
         ({"properties": {"q": {"type": "integer"}}, "required": ["q"]}, None),

@@ -9,10 +9,10 @@ from pydantic import ValidationError
 
 from toolrl_ray.config import ToolsConfig
 from toolrl_ray.errors import ConfigError
-from toolrl_ray.tools import call_queue
 from toolrl_ray.tools.call_queue import BATCHES_IN_FLIGHT, MAX_TRIES, TransportError
 from toolrl_ray.tools.dispatch import Dispatcher
 from toolrl_ray.tools.local import LocalTools
+from tools_service import serve_handles
 from tools_service.protocol import ToolCall, ToolResult, ToolStatus
 from tools_service.runner import ToolInfo
 
@@ -73,7 +73,7 @@ class Fake:
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch):
-    monkeypatch.setattr(call_queue, "BACKOFF_S", 0.001)
+    monkeypatch.setattr(serve_handles, "BACKOFF_S", 0.001)
 
 
 def run(scenario, **options):
@@ -253,7 +253,7 @@ def test_an_error_of_the_harness_is_unavailable_and_never_output(argument, reaso
 
 
 def test_a_deadline_that_passes_between_tries_names_the_failure(monkeypatch):
-    monkeypatch.setattr(call_queue, "BACKOFF_S", 1000.0)
+    monkeypatch.setattr(serve_handles, "BACKOFF_S", 1000.0)
 
     async def scenario(dispatcher, transport):
         [result] = await ask(dispatcher, "die", deadline_s=0.05)

@@ -4,22 +4,38 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
+from tools_service import serve_handles
 from tools_service.gateway import Gateway
 from tools_service.protocol import ToolCall, ToolResult, ToolStatus
 from tools_service.runner import ToolInfo
-from tools_service.serve_handles import TransportError
+from tools_service.serve_handles import MAX_TRIES, TransportError
+
+SLOW_S = 0.05
+
+
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch):
+    monkeypatch.setattr(serve_handles, "BACKOFF_S", 0.001)
 
 
 class Handles:
-    """Arguments: "stall" never ends, "alone" only runs alone, "die" loses the request, "full" is refused."""
+    """Arguments: "stall" never ends, "slow" takes SLOW_S, "alone" only runs alone and takes SLOW_S to say so, "die" loses the request,
+    "full" is refused."""
 
     def __init__(self):
         self.sent: list[tuple[str, list[str]]] = []
+        self.deadlines_s: dict[str, list[float]] = {}
         self.ended: list[tuple[str, str]] = []
 
     async def send(self, tool, calls):
         arguments = [call.argument for call in calls]
         self.sent.append((tool, arguments))
+        for call in calls:
+            self.deadlines_s.setdefault(call.argument, []).append(call.deadline_s)
+        if "slow" in arguments or len(calls) > 1 and "alone" in arguments:
+            await asyncio.sleep(SLOW_S)
         if "stall" in arguments:
             await asyncio.Event().wait()
         if "die" in arguments:
@@ -52,6 +68,27 @@ def test_a_call_that_must_be_sent_again_alone_is():
     assert handles.sent == [("many", ["alone", "b"]), ("many", ["alone"])]
 
 
+def test_what_is_sent_again_has_only_what_is_left_of_its_deadline():
+    handles = Handles()
+    ask(ToolCall("many", "alone", 7.0), ToolCall("many", "b", 9.0), ToolCall("many", "die", 8.0), handles=handles)
+    first, again = handles.deadlines_s["alone"]
+    assert first == 7.0 and again < 7.0 - SLOW_S / 2
+    first, *again = handles.deadlines_s["die"]
+    assert first == 8.0 and len(again) == 2 and 8.0 > again[0] > again[1]
+
+
+def test_a_call_whose_deadline_passes_between_tries_is_unavailable_for_the_reason_of_the_last(monkeypatch):
+    monkeypatch.setattr(serve_handles, "BACKOFF_S", 1000.0)
+    [result] = ask(ToolCall("many", "die", 0.05))
+    assert (result.status, result.text) == (ToolStatus.UNAVAILABLE, "tool unavailable: ActorDiedError")
+
+
+def test_each_call_has_the_latency_of_its_own_request():
+    quick, slow, shared, alone = ask(ToolCall("one", "a"), ToolCall("one", "slow"), ToolCall("many", "b"), ToolCall("many", "alone"))
+    assert quick.latency_s < slow.latency_s
+    assert shared.latency_s < alone.latency_s
+
+
 def test_every_failure_has_a_name_and_costs_no_other_call():
     handles = Handles()
     calls = [("none", "a"), ("one", "die"), ("one", "full"), ("one", "stall"), ("one", "a")]
@@ -69,7 +106,7 @@ def test_every_failure_has_a_name_and_costs_no_other_call():
 def test_an_idempotent_call_is_tried_again_and_a_call_of_a_session_is_not():
     handles = Handles()
     ask(ToolCall("many", "die"), ToolCall("book", "die", 10.0, "s"), ToolCall("book", "a", 10.0, "t"), handles=handles)
-    assert handles.sent.count(("many", ["die"])) == 2 and handles.sent.count(("book", ["die"])) == 1
+    assert handles.sent.count(("many", ["die"])) == MAX_TRIES and handles.sent.count(("book", ["die"])) == 1
     assert handles.ended == [("book", "s")]
 
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx
 import pytest
 
 from toolrl_ray.errors import UserError
@@ -89,6 +90,17 @@ async def test_calls_travel_in_one_request_and_come_back_in_order(server: Script
     assert [(result.status, result.text, result.latency_s) for result in results] == [("ok", "one", 0.5), ("ok", "two \ufffd", 0.5)]
     first = {"tool": "Echo", "argument": "one", "deadline_s": 2.0}
     assert server.bodies == [{"calls": [first, {"tool": "Echo", "argument": "two \ufffd", "deadline_s": 3.0, "session": "s", "seed": 7}]}]
+
+
+async def test_a_request_is_given_up_soon_after_the_longest_deadline_of_its_calls(tools: HttpTools) -> None:
+    waits: list[float] = []
+
+    async def note(request: httpx.Request) -> None:
+        waits.append(request.extensions["timeout"]["read"])
+
+    tools._client.event_hooks = {"request": [note]}
+    await tools.call(CALLS)
+    assert waits == [3.0 + http_client.ANSWER_S]
 
 
 async def test_what_a_service_says_of_its_tools_is_taken_over(tools: HttpTools) -> None:
