@@ -59,7 +59,7 @@ class TaskConfig(Section):
     `module` names the task itself: an importable module or a .py file, see tasks/module.py."""
 
     module: str = "toolrl_ray.tasks.calculator"
-    source: Literal["generated", "gsm8k"] = "generated"
+    source: Literal["generated", "gsm8k", "triviaqa"] = "generated"
     path: str | None = None
     num_train: int = Field(4096, ge=1)
     num_heldout: int = Field(500, ge=1)

@@ -36,13 +36,14 @@ class Task:
     """One problem. `prompt` is the question alone; the recipe's prompt template goes around it.
 
     id: stable and unique within its source and split ("generated/train/17").
-    answer: the reference answer as text.
+    answer: the reference answer as text. aliases: other texts that are as right.
     """
 
     id: str
     prompt: str
     answer: str
     source: str
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from toolrl_ray import recipe
 from toolrl_ray.bootstrap.build import ensure_tiny_policy
-from toolrl_ray.bootstrap.demonstrations import REQUEST, Part, Row
+from toolrl_ray.bootstrap.calculator import REQUEST
+from toolrl_ray.bootstrap.rows import Part, Row
 from toolrl_ray.bootstrap.warm_start import make_batch
 from toolrl_ray.config import RunConfig, TaskConfig
 from toolrl_ray.tasks.calculator import load_tasks

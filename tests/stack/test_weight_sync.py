@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from toolrl_ray.bootstrap.calculator import PIECES
 from toolrl_ray.bootstrap.tokenizer import make_tokenizer
 from toolrl_ray.config import RunConfig
 from toolrl_ray.rollout.vllm_engine import VLLMEngine
@@ -20,7 +21,7 @@ SEQUENCE = list(range(5, 60))
 
 def make_policy(path, tied: bool) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    tokenizer = make_tokenizer(256)
+    tokenizer = make_tokenizer(256, PIECES)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),

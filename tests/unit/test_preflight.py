@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoConfig, GPT2Config, LlamaConfig
 
 from toolrl_ray import preflight, recipe
+from toolrl_ray.bootstrap.calculator import PIECES
 from toolrl_ray.bootstrap.tokenizer import make_tokenizer, save_tokenizer
 from toolrl_ray.errors import ConfigError, MissingDependency, UserError
 
@@ -19,7 +20,7 @@ def model(tmp_path: Path) -> Path:
     """A folder with a configuration and a tokenizer: nothing more is looked at before a run."""
     folder = tmp_path / "model"
     LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=128).save_pretrained(folder)
-    save_tokenizer(make_tokenizer(128), folder)
+    save_tokenizer(make_tokenizer(128, PIECES), folder)
     return folder
 
 

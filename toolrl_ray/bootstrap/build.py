@@ -8,6 +8,7 @@ its final name is complete; of two processes that make the same one, the first t
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -15,15 +16,18 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from toolrl_ray.config import RunConfig
 from toolrl_ray.errors import ConfigError
-from toolrl_ray.tasks.expressions import normalise
 from toolrl_ray.tasks.module import task_module
 
 STALE_S = 6 * 3600
 PACKAGE = Path(__file__).resolve().parents[1]
-SOURCES = (*sorted((PACKAGE / "bootstrap").glob("*.py")), PACKAGE / "tasks" / "expressions.py", PACKAGE / "tasks" / "prompts.py")
+SHARED = ("build", "model", "rows", "tokenizer", "warm_start")
+# Task module -> the module of its demonstrations. A task of one's own is taken to be like the calculator's.
+DEMONSTRATIONS = {f"toolrl_ray.tasks.{name}": f"toolrl_ray.bootstrap.{name}" for name in ("calculator", "triviaqa", "gsm8k", "mixed")}
+DEFAULT_DEMONSTRATIONS = "toolrl_ray.bootstrap.calculator"
 
 
 def cache_dir() -> Path:
@@ -36,7 +40,8 @@ def ensure_tiny_policy(config: RunConfig, log: Callable[[str], None] = print) ->
 
     Raises ConfigError when the cache folder cannot be written.
     """
-    heldout = frozenset(normalise(task.prompt) for task in task_module(config.task).load_tasks(config.task)[1])
+    shown = demonstrations_of(config)
+    heldout = frozenset(shown.key(task) for task in task_module(config.task).load_tasks(config.task)[1])
     folder = cache_dir() / f"tiny-{_key(config, heldout)}"
     if folder.is_dir():
         return folder
@@ -60,6 +65,11 @@ def ensure_tiny_policy(config: RunConfig, log: Callable[[str], None] = print) ->
     return folder
 
 
+def demonstrations_of(config: RunConfig) -> Any:
+    """The module that warm-starts the tiny policy for the run's task; see rows.py for what it offers."""
+    return importlib.import_module(DEMONSTRATIONS.get(config.task.module, DEFAULT_DEMONSTRATIONS))
+
+
 def _remove_stale(folder: Path) -> None:
     """What a process that was killed in mid-making left; one that still works there is younger."""
     for aside in folder.parent.glob(f"{folder.name}.making-*"):
@@ -79,16 +89,16 @@ def _rename(aside: Path, folder: Path) -> None:
 def _make(config: RunConfig, heldout: frozenset[str], folder: Path, log: Callable[[str], None]) -> None:
     from transformers.utils.logging import disable_progress_bar
 
-    from toolrl_ray.bootstrap.demonstrations import Demonstrations
     from toolrl_ray.bootstrap.model import make_model
     from toolrl_ray.bootstrap.tokenizer import make_tokenizer, save_tokenizer
     from toolrl_ray.bootstrap.warm_start import warm_start
 
     disable_progress_bar()  # of the one file that is written
     settings = config.bootstrap
-    tokenizer = make_tokenizer(settings.max_context_tokens)
+    shown = demonstrations_of(config)
+    tokenizer = make_tokenizer(settings.max_context_tokens, shown.PIECES)
     model = make_model(settings, tokenizer)
-    rows = Demonstrations(settings.seed, settings.tool_share, config.task.few_shot, heldout)
+    rows = shown.Demonstrations(settings.seed, settings.tool_share, config.task.few_shot, heldout)
     warm_start(model, tokenizer, rows, settings, log)
     model.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
@@ -97,6 +107,8 @@ def _make(config: RunConfig, heldout: frozenset[str], folder: Path, log: Callabl
 def _key(config: RunConfig, heldout: frozenset[str]) -> str:
     digest = hashlib.sha256()
     digest.update(json.dumps([config.bootstrap.model_dump(), config.task.few_shot, sorted(heldout)], sort_keys=True).encode())
-    for source in SOURCES:
+    shown = demonstrations_of(config)
+    sources = [PACKAGE / "bootstrap" / f"{name}.py" for name in SHARED] + [Path(module.__file__) for module in (shown, *shown.BUILT_ON)]
+    for source in sources:
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]

@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 SPECIALS = ("<pad>", "<bos>", "<eos>")
-PIECES = ("<request>", "<SimpleCalculatorTool>", "<call>", "<response>", "<submit>", "What is ", "Result=", "?\n\n", "\n\n")
 CHARACTERS = ("\t", "\n", *(chr(code) for code in range(32, 127)))
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
 
-def make_tokenizer(max_context_tokens: int) -> PreTrainedTokenizerFast:
-    """A character-level tokenizer that adds no token of its own (no BOS) and changes no space."""
-    vocabulary = {token: i for i, token in enumerate((*SPECIALS, *PIECES, *CHARACTERS, *BYTES))}
+def make_tokenizer(max_context_tokens: int, pieces: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A character-level tokenizer that adds no token of its own (no BOS) and changes no space. pieces: strings that are one token;
+    where several begin at one place, the first in the list."""
+    vocabulary = {token: i for i, token in enumerate((*SPECIALS, *pieces, *CHARACTERS, *BYTES))}
     # ignore_merges: a pre-token that is in the vocabulary is taken whole; the rest splits into characters, then bytes.
     model = models.BPE(vocab=vocabulary, merges=[], ignore_merges=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
-    pattern = "|".join(re.escape(piece) for piece in PIECES) + r"|[\s\S]"
+    pattern = "|".join(re.escape(piece) for piece in pieces) + r"|[\s\S]"
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return PreTrainedTokenizerFast(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from toolrl_ray.bootstrap.demonstrations import Demonstrations, Row
+from toolrl_ray.bootstrap.rows import Demonstrations, Row
 from toolrl_ray.config import BootstrapConfig
 
 DRILL_PHASE = 0.15  # of the steps, during which most rows are drills: copying emerges there

@@ -4,11 +4,12 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from toolrl_ray.bootstrap import build
+from toolrl_ray.bootstrap import build, calculator
 from toolrl_ray.bootstrap.build import ensure_tiny_policy
 from toolrl_ray.config import RunConfig
 from toolrl_ray.errors import ConfigError
@@ -62,7 +63,7 @@ def test_what_shapes_the_policy_shapes_its_name_and_nothing_else_does() -> None:
 def test_a_changed_source_file_makes_a_new_policy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     before = ensure_tiny_policy(SMALL, quiet)
     (tmp_path / "more.py").write_text("# more")
-    monkeypatch.setattr(build, "SOURCES", (*build.SOURCES, tmp_path / "more.py"))
+    monkeypatch.setattr(calculator, "BUILT_ON", (*calculator.BUILT_ON, SimpleNamespace(__file__=str(tmp_path / "more.py"))))
     assert ensure_tiny_policy(SMALL, quiet) != before
 
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
 
-from toolrl_ray.bootstrap.tokenizer import PIECES, SPECIALS, make_tokenizer, save_tokenizer
+from toolrl_ray.bootstrap.calculator import PIECES
+from toolrl_ray.bootstrap.tokenizer import SPECIALS, make_tokenizer, save_tokenizer
 
 EPISODE = "What is 13.1-3?\n\n<request><SimpleCalculatorTool>13.1-3<call>10.1<response>\n\nResult=10.1<submit>"
 
@@ -18,7 +19,7 @@ EPISODE = "What is 13.1-3?\n\n<request><SimpleCalculatorTool>13.1-3<call>10.1<re
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
     """The tokenizer as AutoTokenizer gives it back, beside a model configuration that could make it pick another class."""
     folder = tmp_path_factory.mktemp("policy")
-    tokenizer = make_tokenizer(256)
+    tokenizer = make_tokenizer(256, PIECES)
     save_tokenizer(tokenizer, folder)
     LlamaConfig(vocab_size=len(tokenizer)).save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
@@ -45,7 +46,7 @@ def stream_decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 )
 def test_text_comes_back_exactly_through_auto_tokenizer(loaded: PreTrainedTokenizerBase, text: str) -> None:
     ids = loaded(text)["input_ids"]
-    assert ids == make_tokenizer(256)(text)["input_ids"]
+    assert ids == make_tokenizer(256, PIECES)(text)["input_ids"]
     assert loaded.decode(ids) == loaded.decode(ids, skip_special_tokens=True) == stream_decode(loaded, ids) == text
 
 
@@ -70,7 +71,7 @@ def test_each_marker_is_one_ordinary_token(loaded: PreTrainedTokenizerBase) -> N
 
 
 def test_it_is_saved_as_a_fast_tokenizer_with_eos_and_pad(loaded: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    save_tokenizer(make_tokenizer(256), tmp_path)
+    save_tokenizer(make_tokenizer(256, PIECES), tmp_path)
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert loaded.is_fast
     assert (loaded.pad_token, loaded.eos_token, loaded.model_max_length) == ("<pad>", "<eos>", 256)

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolrl_ray.bootstrap.demonstrations import MAX_CHARACTERS, Demonstrations, Row
+from toolrl_ray.bootstrap.calculator import MAX_CHARACTERS, PIECES, Demonstrations
 from toolrl_ray.bootstrap.model import make_model
+from toolrl_ray.bootstrap.rows import Row
 from toolrl_ray.bootstrap.tokenizer import make_tokenizer
 from toolrl_ray.bootstrap.warm_start import batch_loss, make_batch, warm_start
 from toolrl_ray.config import BootstrapConfig
@@ -82,7 +83,7 @@ def test_few_shot_examples_stand_before_the_question_and_are_not_trained() -> No
 
 
 def test_the_loss_is_the_mean_over_trained_tokens_whatever_stands_in_padding_or_prompt() -> None:
-    tokenizer = make_tokenizer(256)
+    tokenizer = make_tokenizer(256, PIECES)
     model = make_model(SMALL, tokenizer)
     rows = Demonstrations(1, 0.4, 0, frozenset())
     picked = [rows.demonstration() for _ in range(4)]
@@ -97,7 +98,7 @@ def test_the_loss_is_the_mean_over_trained_tokens_whatever_stands_in_padding_or_
 
 
 def test_the_network_depends_on_its_seed_alone_and_leaves_the_global_generator_alone() -> None:
-    tokenizer = make_tokenizer(256)
+    tokenizer = make_tokenizer(256, PIECES)
     torch.manual_seed(1)
     before = torch.get_rng_state()
     one = make_model(SMALL, tokenizer).state_dict()
@@ -111,12 +112,12 @@ def test_the_network_depends_on_its_seed_alone_and_leaves_the_global_generator_a
 
 @pytest.mark.parametrize("tie", [True, False])
 def test_head_and_embedding_are_tied_as_configured(tie: bool) -> None:
-    model = make_model(SMALL.model_copy(update={"tie_embeddings": tie}), make_tokenizer(256))
+    model = make_model(SMALL.model_copy(update={"tie_embeddings": tie}), make_tokenizer(256, PIECES))
     assert (model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()) is tie
 
 
 def test_a_warm_start_is_reproducible_and_lowers_the_loss() -> None:
-    tokenizer = make_tokenizer(256)
+    tokenizer = make_tokenizer(256, PIECES)
     config = SMALL.model_copy(update={"num_steps": 60})
     check = make_batch(tokenizer, list(islice(iter(Demonstrations(7, 0.4, 0, frozenset()).demonstration, None), 32)))
     states, losses = [], []

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import data_file
+from toolrl_ray.bootstrap.calculator import PIECES
 from toolrl_ray.bootstrap.tokenizer import make_tokenizer
 from toolrl_ray.episode.codec import HFCodec
 
@@ -77,7 +78,7 @@ MAKERS = {
     "gpt2": lambda: _from_files("gpt2"),
     "qwen2": lambda: _from_files("qwen2"),
     "straddling": straddling,
-    "tiny": lambda: _hf(make_tokenizer(256)),
+    "tiny": lambda: _hf(make_tokenizer(256, PIECES)),
 }
 
 

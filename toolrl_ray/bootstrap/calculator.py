@@ -1,47 +1,39 @@
-"""What the warm start shows the tiny policy: demonstrations of whole episodes, and exercises in copying.
+"""What the warm start shows the tiny policy of the calculator.
 
 Half of the expressions are of the generated task, half have the shape of a word problem's working (GSM8K's annotations:
 several operators, parentheses, prices, ".5", long round numbers). None is in the held-out set.
-
-Three kinds of row:
-- a *demonstration* answers a question, with the tool (`tool_share` of them) or with a guess; it teaches when to call;
-- an *exercise* is an episode with the tool, whose decision to call is not trained; it teaches what to write in a call
-  and what to do with its answer, and leaves the share of calls as the demonstrations set it;
-- a *drill* repeats a random string; it teaches to copy before the strings mean anything.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-from toolrl_ray.bootstrap.tokenizer import CHARACTERS
+from toolrl_ray.bootstrap.rows import Part, Row, drill
+from toolrl_ray.tasks import expressions, prompts
 from toolrl_ray.tasks.calculator import held_out
 from toolrl_ray.tasks.expressions import generated_expression, normalise
 from toolrl_ray.tasks.prompts import question, tool_answer, tool_call
+from toolrl_ray.types import Task
 from tools_service.calculator import calculate
 from tools_service.protocol import ToolError
 
 MAX_CHARACTERS = 32  # of an expression
 LONG_CHARACTERS, LONG_SHARE = 14, 0.3  # what is longer is rare in GSM8K, and kept with this probability
 MAX_DECIMALS, MESSY_SHARE = 3, 0.15  # of results; what has more decimals is kept with this probability
-MAX_DRILL_CHARACTERS = 12
 REQUEST, RESULT = "<request>", "\n\nResult="
 
 
-@dataclass(frozen=True)
-class Part:
-    text: str
-    trained: bool
+PIECES = ("<request>", "<SimpleCalculatorTool>", "<call>", "<response>", "<submit>", "What is ", "Result=", "?\n\n", "\n\n")
+BUILT_ON = (expressions, prompts)  # modules whose code shapes the rows: part of the cache key
+DRILL_MARKERS = ("What is ", "<SimpleCalculatorTool>", "\n\nResult=", "<response>", "<call>")
 
 
-Row = list[Part]
+def key(task: Task) -> str:
+    return normalise(task.prompt)
 
 
 class Demonstrations:
-    """Rows of each kind, without end and without repetition of their random draws; a pure function of the seed."""
-
     def __init__(self, seed: int, tool_share: float, few_shot: int, heldout: frozenset[str]):
         """heldout: normalised expressions that no row asks for."""
         self._rng = random.Random(f"demonstrations/{seed}")
@@ -64,13 +56,7 @@ class Demonstrations:
         return [prompt, call, Part(f"{result}<response>", False), Part(tool_answer(result), True)]
 
     def drill(self) -> Row:
-        characters = CHARACTERS if self._rng.random() < 0.6 else "0123456789.+-*/()"
-        text = "".join(self._rng.choice(characters) for _ in range(self._rng.randint(3, MAX_DRILL_CHARACTERS)))
-        markers = ("What is ", "<SimpleCalculatorTool>", "\n\nResult=", "<response>", "<call>")
-        row = []
-        for copy in range(3):
-            row += [Part(self._rng.choice(markers), False), Part(text, copy > 0)]
-        return row
+        return drill(self._rng, "0123456789.+-*/()", DRILL_MARKERS)
 
     def _solve(self) -> Iterator[tuple[str, str]]:
         while True:
