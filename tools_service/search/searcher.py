@@ -7,10 +7,11 @@ import difflib
 import os
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tools_service.search.corpus import SearchError
 from tools_service.search.java import DEFAULT_HEAP_MIB, is_java_error, java_class, java_reason, start_jvm
@@ -22,12 +23,26 @@ DOWNLOAD_TIMEOUT_S = 30.0  # without a byte from the server
 TITLE_CANDIDATES = 50  # hits among which the title is looked for where the index has no table of titles
 
 
-@dataclass(frozen=True)
-class Hit:
+class Found(NamedTuple):
     docid: str
     score: float
+
+
+@dataclass(frozen=True)
+class Hit:
+    """found: Java's own record, or the like of it: asking it costs a call into Java each time, so what few need is asked when needed."""
+
+    found: Any
     title: str
     text: str
+
+    @property
+    def docid(self) -> str:
+        return self.found.docid
+
+    @property
+    def score(self) -> float:
+        return self.found.score
 
 
 class Searcher:
@@ -45,6 +60,9 @@ class Searcher:
             self._java.close()
             raise SearchError(f"{str(folder)!r} stores no text; index it again with `toolrl index build` or Pyserini's -storeRaw")
         self._lists = java_class("java.util.ArrayList")
+        # "0", "1" ... for as many queries as ever came at once; searches read it while it grows.
+        self._ids = java_class("java.util.concurrent.CopyOnWriteArrayList")()
+        self._numbering = threading.Lock()
         self._titles = Titles(folder) if (folder / TITLES_FILE).is_file() else None
 
     def search(self, queries: list[str], k: int, threads: int) -> list[list[Hit]]:
@@ -76,17 +94,19 @@ class Searcher:
     def _search(self, queries: list[str], k: int, threads: int) -> list[Any]:
         if len(queries) < 2:
             return [self._java.search(query, k) for query in queries]
-        texts, ids = self._lists(), self._lists()
-        for index, query in enumerate(queries):
+        texts = self._lists()
+        for query in queries:
             texts.add(query)
-            ids.add(str(index))
-        found = self._java.batch_search(texts, ids, k, threads)
+        with self._numbering:
+            for index in range(self._ids.size(), len(queries)):
+                self._ids.add(str(index))
+        found = self._java.batch_search(texts, self._ids, k, threads)
         return [found.get(str(index)) or [] for index in range(len(queries))]
 
     def _article(self, query: str) -> Hit | None:
         docid = self._titles.find(query) if self._titles else None
         raw = self._java.doc_raw(docid) if docid else None
-        return Hit(docid, 0.0, *read_raw(raw)) if docid and raw is not None else None
+        return Hit(Found(docid, 0.0), *read_raw(raw)) if docid and raw is not None else None
 
 
 def open_index(name_or_path: str, k1: float = 0.9, b: float = 0.4, heap_mib: int = DEFAULT_HEAP_MIB) -> Searcher:
@@ -163,7 +183,7 @@ def _not_an_index(folder: Path, error: Exception) -> Exception:
 def _hit(found: Any) -> Hit:
     document = found.lucene_document
     raw = document.get("raw")
-    return Hit(found.docid, found.score, *read_raw(raw if raw is not None else document.get("contents")))
+    return Hit(found, *read_raw(raw if raw is not None else document.get("contents")))
 
 
 def _title_first(query: str, hits: list[Hit]) -> list[Hit]:
