@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("toolrl", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("toolrl")
 
 for name, value in {
     "HF_HUB_OFFLINE": "1",

@@ -18,7 +18,7 @@ NO_VERSION = -1  # policy version of a token that no policy sampled (prompt and 
 class StopReason(StrEnum):
     """Why an episode ended: exactly one per episode."""
 
-    SUBMITTED = "submitted"  # the policy wrote the submit marker
+    SUBMITTED = "submitted"  # the policy wrote the submit marker, or as a chat model answered without a call
     EOS = "eos"  # the policy ended its text without submitting
     MAX_TURNS = "max_turns"  # the last allowed turn asked for another call; it is not executed
     TURN_TOKENS = "turn_tokens"  # one turn reached its token limit without a call or a submit
@@ -52,20 +52,29 @@ class EpisodeRequest:
 
     episode_id: unique within the run ("3:17:0" = step 3, row 17, try 0).
     group_id: episodes of one task that grouped advantages compare.
+    temperature: of this episode; None is that of the collection it belongs to.
+    with_tools: False answers every call as UNAVAILABLE, and nothing is executed.
     """
 
     episode_id: str
     group_id: str
     task: Task
+    temperature: float | None = None
+    with_tools: bool = True
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a turn is sampled. temperature 0.0 is greedy. max_tokens limits one completion."""
+    """How a turn is sampled. temperature 0.0 is greedy. max_tokens limits one completion.
+
+    seed: of this completion within the run, for an engine that can draw for each one apart. It makes no two turns differ in kind, so
+        it is no part of equality.
+    """
 
     temperature: float
     max_tokens: int
     stop: tuple[str, ...]
+    seed: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,7 @@ class SegmentKind(StrEnum):
 class Segment:
     """A stretch of tokens [start, end) of one kind, with its text.
 
-    overhang: for policy segments, the text that followed the stop marker inside the last sampled token.
+    overhang: for policy segments, what the last sampled token holds behind the text: what followed a stop marker, or a chat's end of turn.
     """
 
     kind: SegmentKind

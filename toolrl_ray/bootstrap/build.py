@@ -16,17 +16,19 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from toolrl_ray.config import RunConfig
+from toolrl_ray.bootstrap.mixed import Mixed
+from toolrl_ray.config import RunConfig, TaskSource
 from toolrl_ray.errors import ConfigError
 from toolrl_ray.tasks.module import task_module
 
 STALE_S = 6 * 3600
 PACKAGE = Path(__file__).resolve().parents[1]
-SHARED = ("build", "model", "rows", "tokenizer", "warm_start")
+SHARED = ("build", "mixed", "model", "rows", "tokenizer", "warm_start")
 # Task module -> the module of its demonstrations. A task of one's own is taken to be like the calculator's.
-DEMONSTRATIONS = {f"toolrl_ray.tasks.{name}": f"toolrl_ray.bootstrap.{name}" for name in ("calculator", "triviaqa", "gsm8k", "mixed")}
+DEMONSTRATIONS = {f"toolrl_ray.tasks.{name}": f"toolrl_ray.bootstrap.{name}" for name in ("calculator", "triviaqa", "gsm8k")}
 DEFAULT_DEMONSTRATIONS = "toolrl_ray.bootstrap.calculator"
 
 
@@ -67,7 +69,12 @@ def ensure_tiny_policy(config: RunConfig, log: Callable[[str], None] = print) ->
 
 def demonstrations_of(config: RunConfig) -> Any:
     """The module that warm-starts the tiny policy for the run's task; see rows.py for what it offers."""
-    return importlib.import_module(DEMONSTRATIONS.get(config.task.module, DEFAULT_DEMONSTRATIONS))
+    def module_of(task: TaskSource) -> ModuleType:
+        return importlib.import_module(DEMONSTRATIONS.get(task.module, DEFAULT_DEMONSTRATIONS))
+
+    if config.task.parts:
+        return Mixed(config.task.parts, {name: module_of(part) for name, part in config.task.parts.items()})
+    return module_of(config.task)
 
 
 def _remove_stale(folder: Path) -> None:
@@ -106,9 +113,12 @@ def _make(config: RunConfig, heldout: frozenset[str], folder: Path, log: Callabl
 
 def _key(config: RunConfig, heldout: frozenset[str]) -> str:
     digest = hashlib.sha256()
-    digest.update(json.dumps([config.bootstrap.model_dump(), config.task.few_shot, sorted(heldout)], sort_keys=True).encode())
+    parts = {name: [part.weight, part.few_shot] for name, part in config.task.parts.items()}
+    settings = [config.bootstrap.model_dump(), config.task.few_shot, sorted(heldout)] + ([parts] if parts else [])
+    digest.update(json.dumps(settings, sort_keys=True).encode())
     shown = demonstrations_of(config)
-    sources = [PACKAGE / "bootstrap" / f"{name}.py" for name in SHARED] + [Path(module.__file__) for module in (shown, *shown.BUILT_ON)]
+    modules = shown.BUILT_ON if isinstance(shown, Mixed) else (shown, *shown.BUILT_ON)
+    sources = [*(PACKAGE / "bootstrap" / f"{name}.py" for name in SHARED), *(Path(module.__file__) for module in modules)]
     for source in sources:
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]

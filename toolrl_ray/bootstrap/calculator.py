@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from toolrl_ray.bootstrap.rows import Part, Row, drill
+from toolrl_ray.bootstrap.rows import Part, Row, drill, guess
 from toolrl_ray.tasks import expressions, prompts
 from toolrl_ray.tasks.calculator import held_out
 from toolrl_ray.tasks.expressions import generated_expression, normalise
@@ -47,7 +47,7 @@ class Demonstrations:
         prompt = Part(question(expression, self._few_shot), False)
         if self._rng.random() < self._tool_share:
             return [prompt, Part(tool_call(expression), True), Part(f"{result}<response>", False), Part(tool_answer(result), True)]
-        return [prompt, Part(tool_answer(_guess(self._rng, result)).lstrip("\n"), True)]
+        return [prompt, Part(tool_answer(guess(self._rng, result)).lstrip("\n"), True)]
 
     def exercise(self) -> Row:
         expression, result = next(self._solved)
@@ -72,16 +72,6 @@ class Demonstrations:
             # People's sums come out even: a random quotient with all its decimals is the exception.
             if len(result.partition(".")[2]) <= MAX_DECIMALS or self._rng.random() < MESSY_SHARE:
                 yield expression, result
-
-
-def _guess(rng: random.Random, result: str) -> str:
-    """A number of the result's sign, length and decimals with random digits: plausible, and nearly always wrong."""
-    guess = ""
-    for character in result:
-        if character.isdigit():
-            character = str(rng.randint(0 if any(c.isdigit() for c in guess) else 1, 9))
-        guess += character
-    return guess
 
 
 def word_problem_expression(rng: random.Random) -> str:

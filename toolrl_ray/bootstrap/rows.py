@@ -50,3 +50,13 @@ def drill(rng: random.Random, favourites: str, markers: tuple[str, ...]) -> Row:
     for copy in range(3):
         row += [Part(rng.choice(markers), False), Part(text, copy > 0)]
     return row
+
+
+def guess(rng: random.Random, result: str) -> str:
+    """A number of the result's sign, length and decimals with random digits: plausible, and nearly always wrong."""
+    guess = ""
+    for character in result:
+        if character.isdigit():
+            character = str(rng.randint(0 if any(c.isdigit() for c in guess) else 1, 9))
+        guess += character
+    return guess

@@ -7,7 +7,6 @@ A task module offers three functions: `load_tasks(config) -> (train, held-out)`,
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import random
 import re
@@ -15,18 +14,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from toolrl_ray.config import TaskConfig
-from toolrl_ray.errors import ConfigError, MissingDependency
+from toolrl_ray.errors import ConfigError
 from toolrl_ray.tasks.expressions import generated_expression, normalise
+from toolrl_ray.tasks.files import hub_dataset, json_lines
 from toolrl_ray.tasks.prompts import question
 from toolrl_ray.types import StopReason, Task, Trajectory
 from tools_service.calculator import calculate
 from tools_service.protocol import ToolError
 
+WANTED = "expr, result, split"
 TOLERANCE = 0.01
 HELDOUT_SHARE = 8  # one generated expression in so many is held out
 DRAWS_PER_TASK = 20  # after which the generator has nothing new
 NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?(?:[eE][-+]?\d+)?"
-RESULT = re.compile(rf"Result=\s*({NUMBER})\s*<submit>")
+RESULT = re.compile(rf"Result=\s*({NUMBER})\s*(?:<submit>|$)")
 ANNOTATION = re.compile(r"<<([^<>=]+)=([^<>]+)>>")
 
 
@@ -123,37 +124,18 @@ def _tasks(name: str, rows: list[tuple[str, str]]) -> list[Task]:
 
 
 def _rows_of_file(path: Path) -> Iterator[tuple[str, str, str]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"task.path={str(path)!r} cannot be read ({error.strerror}); give a JSON-lines file with expr, result, split"
-        ) from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"task.path={str(path)!r} is not UTF-8 text; give a JSON-lines file with expr, result, split") from None
-    for number, line in enumerate(text.rstrip("\n").split("\n"), start=1):
-        try:
-            row = json.loads(line)
-            split, expression, result = row["split"], row["expr"], row["result"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ConfigError(f"{path}:{number}: not a JSON object with expr, result and split ({type(error).__name__}: {error})") from None
+    for number, row in json_lines(path, WANTED):
+        missing = [key for key in ("split", "expr", "result") if key not in row]
+        if missing:
+            raise ConfigError(f"{path}:{number}: not a JSON object with {WANTED} ({missing[0]} is missing)")
+        split, expression, result = row["split"], row["expr"], row["result"]
         if split not in ("train", "test") or not isinstance(expression, str) or not isinstance(result, str):
             raise ConfigError(f"{path}:{number}: expr and result must be text and split train or test, not {row!r}"[:300])
         yield split, expression, result
 
 
 def _rows_of_hub() -> Iterator[tuple[str, str, str]]:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise MissingDependency(
-            "task.source=gsm8k without task.path reads the Hub: pip install 'toolrl-ray[hub]', or set task.path"
-        ) from None
-    try:
-        dataset = load_dataset("openai/gsm8k", "main")
-    except (OSError, ValueError, RuntimeError) as error:
-        first = " ".join(str(error).split())[:160]
-        raise ConfigError(f"openai/gsm8k cannot be loaded from the Hub ({first}); set task.path to a local file") from None
+    dataset = hub_dataset("openai/gsm8k", "main", "gsm8k")
     for split in ("train", "test"):
         for row in dataset[split]:
             for expression, result in ANNOTATION.findall(row["answer"]):

@@ -1,10 +1,11 @@
-"""The task module of a run: the built-in calculator, or a person's own."""
+"""The task module of a run: a built-in one, a person's own, or several at once."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from types import SimpleNamespace
+from typing import Protocol, cast
 
-from toolrl_ray.config import TaskConfig
+from toolrl_ray.config import TaskConfig, TaskSource
 from toolrl_ray.errors import ConfigError
 from toolrl_ray.types import Task, Trajectory
 from tools_service.loading import LoadingError, load_module
@@ -45,13 +46,17 @@ def load_tasks(config: TaskConfig) -> tuple[list[Task], list[Task]]:
     return loaded[0], loaded[1]
 
 
-def task_module(config: TaskConfig) -> TaskModule:
-    """Raises ConfigError when task.module cannot be loaded or lacks a function."""
+def task_module(config: TaskSource) -> TaskModule:
+    """With the reward function that task.reward names. Raises ConfigError when task.module cannot be loaded or lacks a function."""
+    if isinstance(config, TaskConfig) and config.parts:
+        from toolrl_ray.tasks.mixed import Mixed
+
+        return Mixed(config, task_module)
     try:
         module = load_module(config.module)
     except LoadingError as error:
         raise ConfigError(f"task.module={config.module!r}: {error}") from None
-    missing = [name for name in ("load_tasks", "render_prompt", "reward") if not callable(getattr(module, name, None))]
-    if missing:
+    functions = {"load_tasks": "load_tasks", "render_prompt": "render_prompt", "reward": config.reward}
+    if missing := [name for name in functions.values() if not callable(getattr(module, name, None))]:
         raise ConfigError(f"task.module={config.module!r} lacks {', '.join(missing)}")
-    return module
+    return cast(TaskModule, SimpleNamespace(**{role: getattr(module, name) for role, name in functions.items()}))

@@ -46,5 +46,15 @@ def test_a_module_that_cannot_be_executed_or_lacks_a_function_is_named(tmp_path:
     path.write_text("x = 1\nimport nothing_of_this_name\n")
     with pytest.raises(ConfigError, match=r"task.module='.*broken.py': .*broken.py, line 2: ModuleNotFoundError"):
         task_module(TaskConfig(module=str(path)))
-    with pytest.raises(ConfigError, match="task.module='json' lacks load_tasks, render_prompt, reward"):
+    with pytest.raises(ConfigError, match="task.module='json' lacks load_tasks, render_prompt, reward$"):
         task_module(TaskConfig(module="json"))
+
+
+def test_task_reward_names_the_function_that_scores(tmp_path: Path) -> None:
+    config = module(tmp_path, "[ONE], [TWO]")
+    with Path(config.module).open("a") as file:
+        file.write("def half(trajectory): return 0.5\n")
+    assert task_module(config).reward(None) == 0.0
+    assert task_module(config.model_copy(update={"reward": "half"})).reward(None) == 0.5
+    with pytest.raises(ConfigError, match="my_task.py' lacks quarter$"):
+        task_module(config.model_copy(update={"reward": "quarter"}))
