@@ -14,6 +14,7 @@ MAX_SHARED_GPU_MEMORY = 0.6  # of a GPU, for an engine that shares it with a lea
 def contradictions(config: RunConfig) -> Iterator[str]:
     """One line for every two settings that cannot hold together: both values and the remedy."""
     yield from _gpu_contradictions(config)
+    yield from _format_contradictions(config)
     advantage, longest, readable = config.algo.advantage, config.episode.max_context_tokens, config.bootstrap.max_context_tokens
     if advantage in ("grpo", "rloo") and config.train.group_size < 2:
         yield (
@@ -22,6 +23,11 @@ def contradictions(config: RunConfig) -> Iterator[str]:
         )
     if advantage != "gae" and config.policy.separate_critic:
         yield f"algo.advantage={advantage} contradicts policy.separate_critic=true: only gae has a critic; set policy.separate_critic=false"
+    if config.policy.lora and config.policy.separate_critic:
+        yield (
+            f"policy.lora.rank={config.policy.lora.rank} contradicts policy.separate_critic=true: its trunk would be a second copy of the "
+            "model, trained whole; set policy.separate_critic=false or policy.lora=null"
+        )
     if config.policy.path == "tiny" and longest > readable:
         yield (
             f"episode.max_context_tokens={longest} contradicts bootstrap.max_context_tokens={readable}, the longest text that the "
@@ -31,6 +37,26 @@ def contradictions(config: RunConfig) -> Iterator[str]:
         yield (
             f"eval.num_tasks={config.eval.num_tasks} contradicts task.num_heldout={config.task.num_heldout}; "
             "set task.num_heldout higher or eval.num_tasks lower"
+        )
+
+
+def _format_contradictions(config: RunConfig) -> Iterator[str]:
+    """The same for how the policy is asked and writes its calls."""
+    episode, task = config.episode, config.task
+    if episode.call_format == "text" and episode.system is not None:
+        yield (
+            f"episode.system={episode.system!r} contradicts episode.call_format=text, which has no system message; "
+            "set episode.call_format=hermes or take episode.system away"
+        )
+    if episode.call_format == "hermes" and config.policy.path == "tiny":
+        yield (
+            "episode.call_format=hermes contradicts policy.path=tiny, which has no chat template; "
+            "set policy.path to a chat model or episode.call_format=text"
+        )
+    if episode.call_format == "hermes" and task.few_shot > 0 and task.module.startswith("toolrl_ray."):
+        yield (
+            f"episode.call_format=hermes contradicts task.few_shot={task.few_shot}: the worked examples are written in text markers; "
+            "set task.few_shot=0"
         )
 
 

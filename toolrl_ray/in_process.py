@@ -17,7 +17,7 @@ from toolrl_ray.config import RunConfig
 from toolrl_ray.driver import Parts
 from toolrl_ray.errors import EpisodeError
 from toolrl_ray.learner.update import Learner
-from toolrl_ray.rollout.load import load_codec, load_transformers_engine
+from toolrl_ray.rollout.load import load_codec, load_transformers_engine, make_call_format
 from toolrl_ray.rollout.runner import EpisodeRunner
 from toolrl_ray.tools.local import LocalTools
 from toolrl_ray.types import EpisodeRequest, Trajectory
@@ -32,9 +32,10 @@ class InProcessRollout:
         self.engine = load_transformers_engine(config, policy_dir, codec)
         self._config = config
         self._tools = LocalTools(config.tools)
-        self._runner = EpisodeRunner(config, self.engine.generate, self._tools, codec)
         self._loop = asyncio.Runner()
         self._loop.run(self._tools.start())
+        call_format = make_call_format(config, codec, self._tools.infos())
+        self._runner = EpisodeRunner(config, self.engine.generate, self._tools, codec, call_format)
 
     def collect(
         self,

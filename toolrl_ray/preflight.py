@@ -9,9 +9,10 @@ from typing import Any
 from toolrl_ray.config import RunConfig
 from toolrl_ray.errors import ConfigError, MissingDependency
 from toolrl_ray.types import Task
+from tools_service.runner import ToolInfo
 
 STACK = frozenset(
-    {"torch", "transformers", "tokenizers", "safetensors", "ray", "vllm", "deepspeed", "numpy", "psutil", "httpx", "fastapi", "mcp"}
+    {"torch", "transformers", "tokenizers", "safetensors", "ray", "vllm", "deepspeed", "numpy", "psutil", "httpx", "fastapi", "mcp", "peft"}
 )
 NUM_PROMPTS = 4  # of each split, that are measured
 
@@ -31,7 +32,7 @@ def check(config: RunConfig, *, in_process: bool, learner: bool) -> None:
 
 def check_packages(config: RunConfig, *, in_process: bool, learner: bool) -> None:
     """On a cluster that is up (RAY_ADDRESS), its nodes have the engines; only a local Ray needs them here."""
-    needed = ["torch", "transformers"]
+    needed = ["torch", "transformers"] + ["peft"] * (learner and config.policy.lora is not None)
     if not in_process:
         needed.append("ray")
         if not os.environ.get("RAY_ADDRESS"):
@@ -68,15 +69,19 @@ def max_positions(hf_config: Any) -> int | None:
 
 
 def check_prompts(config: RunConfig, tasks: list[Task]) -> None:
-    """The first prompts leave room for an answer. Only for a policy in a folder: a Hub name's tokenizer would be a download."""
-    if not os.path.isdir(config.policy.path):
+    """The first prompts leave room for an answer, and a chat template can be followed; the tools' own descriptions are not known yet.
+
+    For a policy in a folder: a Hub name's tokenizer would be a download, which only a chat template is worth.
+    """
+    if not os.path.isdir(config.policy.path) and config.episode.call_format == "text":
         return
-    from toolrl_ray.rollout.load import load_codec
+    from toolrl_ray.rollout.load import load_codec, make_call_format
     from toolrl_ray.tasks.module import task_module
 
     codec, render_prompt = load_codec(config.policy.path), task_module(config.task).render_prompt
+    call_format = make_call_format(config, codec, {name: ToolInfo(name, "", True) for name in config.tools.names})
     for task in tasks:
-        num_tokens = len(codec.encode_prompt(render_prompt(task, config.task.few_shot)))
+        num_tokens = len(call_format.prompt(codec, render_prompt(task, config.task.few_shot))[0])
         if num_tokens >= config.episode.max_context_tokens:
             raise ConfigError(
                 f"episode.max_context_tokens={config.episode.max_context_tokens} leaves no room after the prompt of task {task.id!r} "

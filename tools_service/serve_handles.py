@@ -149,7 +149,7 @@ class ToolHandles:
 
         try:
             handle = await self._handle(tool)
-        except (RayError, RayServeException) as error:
+        except (RayError, RayServeException, KeyError) as error:  # KeyError: there is no such application, or not yet
             raise TransportError(type(error).__name__, not_started=True) from error
         if home is not None:
             handle = handle.options(session_id=home)

@@ -5,8 +5,13 @@ anything but text that the policy sampled, so that a tool's output can neither e
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any, Protocol
+
+from toolrl_ray.episode.codec import Codec
+from tools_service.protocol import ToolResult
 
 
 class TurnKind(StrEnum):
@@ -18,19 +23,53 @@ class TurnKind(StrEnum):
 
 @dataclass(frozen=True)
 class RequestedCall:
+    """refused: what the call is answered with instead of being run, where it cannot be understood."""
+
     tool: str
     argument: str
+    refused: ToolResult | None = None
 
 
 @dataclass(frozen=True)
 class ParsedTurn:
     """kind: what the turn is. calls: in the order written, for CALL. problem: what is wrong, for MALFORMED.
-    end: number of characters up to and including the stop marker; what follows is overhang."""
+    end: number of characters that are the turn's text, a stop marker included; what follows is overhang."""
 
     kind: TurnKind
     end: int
     calls: tuple[RequestedCall, ...] = ()
     problem: str = ""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the policy is shown for one call: the whole text, and its tokens, cut to what an observation may hold."""
+
+    text: str
+    token_ids: list[int]
+    was_cut: bool
+
+
+class CallFormat(Protocol):
+    """What the turn loop needs of a format. stop: strings at which the engine ends a turn. cut: stands at the end of an observation
+    that was cut."""
+
+    @property
+    def stop(self) -> tuple[str, ...]: ...
+    @property
+    def cut(self) -> str: ...
+
+    def prompt(self, codec: Any, text: str) -> tuple[list[int], str]:
+        """Tokens and text of an episode's beginning. text: what the task says."""
+        ...
+
+    def parse(self, text: str, token_ids: Sequence[int]) -> ParsedTurn:
+        """token_ids: those sampled, of which `text` is the text."""
+        ...
+
+    def observation(self, codec: Any, shown: Sequence[Shown]) -> list[int]:
+        """The tokens after a turn whose calls, in order, had these results, up to where the next turn begins."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +84,7 @@ class TextMarkers:
     call: str = "<call>"
     response: str = "<response>"
     submit: str = "<submit>"
-    cut: str = "..."  # stands at the end of an observation that was cut
+    cut: str = "..."
 
     @property
     def stop(self) -> tuple[str, ...]:
@@ -55,7 +94,13 @@ class TextMarkers:
     def observation_end(self) -> str:
         return self.response
 
-    def parse(self, text: str) -> ParsedTurn:
+    def prompt(self, codec: Codec, text: str) -> tuple[list[int], str]:
+        return codec.encode_prompt(text), text
+
+    def observation(self, codec: Codec, shown: Sequence[Shown]) -> list[int]:
+        return [token for one in shown for token in (*one.token_ids, *codec.encode_markup(self.observation_end))]
+
+    def parse(self, text: str, token_ids: Sequence[int] = ()) -> ParsedTurn:
         found = sorted((at, marker) for marker in self.stop if (at := text.find(marker)) >= 0)
         if not found:
             return ParsedTurn(TurnKind.PLAIN, len(text))

@@ -1,7 +1,7 @@
 """One episode: the turn loop as a function of two callables, `generate` and `call_tool`.
 
-Each turn: the policy samples until a stop marker; a call is executed, its output is appended as observation tokens, and
-the next turn starts; a submit, an EOS or a limit ends the episode. Every outcome has a name (`StopReason`, `ToolStatus`).
+Each turn: the policy samples until its turn ends as the call format says; calls are executed, their output is appended as observation
+tokens, and the next turn starts; a submit, an EOS or a limit ends the episode. Every outcome has a name (`StopReason`, `ToolStatus`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from toolrl_ray.episode.call_format import ParsedTurn, RequestedCall, TextMarkers, TurnKind
+from toolrl_ray.episode.call_format import CallFormat, ParsedTurn, RequestedCall, Shown, TurnKind
 from toolrl_ray.episode.codec import Codec
 from toolrl_ray.episode.ledger import Ledger
 from toolrl_ray.episode.shown import SHOWN, show
@@ -31,10 +31,12 @@ from tools_service.protocol import ToolCall, ToolResult, ToolStatus
 
 log = logging.getLogger(__name__)
 
+BACKSTOP_S = 0.5  # beyond a call's deadline, at which the client answers TIMEOUT and counts it
+
 
 @dataclass(frozen=True)
 class Limits:
-    """max_turns: completions per episode. Tokens: per completion, per observation (its closing marker apart), and in all.
+    """max_turns: completions per episode. Tokens: per completion, per call in an observation (markers apart), and in all.
     Deadlines in seconds: per call, per completion, per episode."""
 
     max_turns: int
@@ -53,7 +55,7 @@ async def run_episode(
     generate: GenerateFn,
     call_tool: CallToolFn,
     codec: Codec,
-    call_format: TextMarkers,
+    call_format: CallFormat,
     limits: Limits,
     temperature: float,
     shown: Mapping[ToolStatus, str] = SHOWN,
@@ -63,7 +65,7 @@ async def run_episode(
     Raises what `generate` raises (the harness failed: the episode has to be run again). What a tool does never raises:
     a tool that fails, stalls or breaks costs a call, and its status says so.
     """
-    ledger = Ledger(codec.encode_prompt(prompt), prompt)
+    ledger = Ledger(*call_format.prompt(codec, prompt))
     episode = _Episode(request.episode_id, ledger, generate, call_tool, codec, call_format, limits, temperature, shown)
     started = time.monotonic()
     episode.deadline = started + limits.episode_deadline_s
@@ -100,7 +102,7 @@ class _Episode:
         generate: GenerateFn,
         call_tool: CallToolFn,
         codec: Codec,
-        call_format: TextMarkers,
+        call_format: CallFormat,
         limits: Limits,
         temperature: float,
         shown: Mapping[ToolStatus, str],
@@ -126,7 +128,8 @@ class _Episode:
         room = self.limits.max_context_tokens - len(self.ledger)
         if room < 1:
             return self.ledger.finish(StopReason.CONTEXT)
-        params = SamplingParams(self.temperature, min(self.limits.max_turn_tokens, room), self.call_format.stop)
+        seed = call_seed(f"{self.episode_id}/turn", self.num_turns + 1)
+        params = SamplingParams(self.temperature, min(self.limits.max_turn_tokens, room), self.call_format.stop, seed)
         budget_s = min(self.limits.turn_deadline_s, self.left_s())
         try:
             # A copy: the engine may keep what it is given, and the ledger grows.
@@ -136,7 +139,7 @@ class _Episode:
             return self.ledger.finish(StopReason.TURN_DEADLINE if self.left_s() > 0 else StopReason.EPISODE_DEADLINE)
         self.num_turns += 1
         text = self.codec.decode(completion.token_ids)
-        parsed = self.call_format.parse(text)
+        parsed = self.call_format.parse(text, completion.token_ids)
         self.ledger.append_completion(completion, text[: parsed.end], text[parsed.end :])
         if (reason := self._ending(completion, parsed, room)) is not None:
             return self.ledger.finish(reason)
@@ -165,12 +168,14 @@ class _Episode:
         return list(zip(parsed.calls, results, strict=True))
 
     async def _run_call(self, call: RequestedCall) -> ToolResult:
+        if call.refused is not None:
+            return call.refused
         budget_s = min(self.limits.tool_deadline_s, self.left_s())
         started = time.monotonic()
         self.num_calls += 1
         seed = call_seed(self.episode_id, self.num_calls)
         try:
-            async with asyncio.timeout(budget_s):
+            async with asyncio.timeout(budget_s + BACKSTOP_S):
                 return await self.call_tool(ToolCall(call.tool, call.argument, budget_s, self.episode_id, seed))
         except TimeoutError:
             return ToolResult(ToolStatus.TIMEOUT, f"no answer within {budget_s:.3g} s", time.monotonic() - started)
@@ -180,14 +185,15 @@ class _Episode:
 
     def _observe(self, parsed: ParsedTurn, results: list[tuple[RequestedCall, ToolResult]]) -> None:
         """Record the calls and append what the policy is shown, or end the episode where that does not fit."""
-        token_ids: list[int] = []
+        shown: list[Shown] = []
         for call, result in results:
-            shown, was_cut = self._cut(self.codec.encode(show(self.shown[result.status], call.tool, result.text)))
-            token_ids += shown + self.codec.encode_markup(self.call_format.observation_end)
-            truncated = result.truncated or was_cut
+            text = show(self.shown[result.status], call.tool, result.text)
+            shown.append(Shown(text, *self._cut(self.codec.encode(text))))
+            truncated = result.truncated or shown[-1].was_cut
             self.tool_calls.append(
                 ToolCallRecord(self.num_turns, call.tool, call.argument, result.status, result.text, round(result.latency_s, 6), truncated)
             )
+        token_ids = self.call_format.observation(self.codec, shown)
         if len(self.ledger) + len(token_ids) + 1 > self.limits.max_context_tokens:
             return self.ledger.finish(StopReason.CONTEXT)
         self.ledger.append_observation(token_ids, self.codec.decode(token_ids))

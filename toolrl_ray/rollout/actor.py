@@ -11,7 +11,7 @@ import ray
 from toolrl_ray.config import RunConfig
 from toolrl_ray.rollout.assignment import Outcome
 from toolrl_ray.rollout.inbox import Inbox
-from toolrl_ray.rollout.load import load_codec, load_engine
+from toolrl_ray.rollout.load import load_call_format, load_codec, load_engine
 from toolrl_ray.rollout.runner import EpisodeRunner
 from toolrl_ray.tools.serve_client import ToolClient
 from toolrl_ray.types import EpisodeRequest
@@ -39,8 +39,10 @@ class RolloutActor:
             self._engine = load_engine(self._config, self._policy_dir, codec, self._weight_backend, lambda: os._exit(1))
             await self._engine.ready(0)
             self._tools = ToolClient(self._tools_app, self._config.tools)
+            call_format = await load_call_format(self._config, codec, self._tools.infos)
             self._inbox = Inbox()
-            self._inbox.run = EpisodeRunner(self._config, self._inbox.sampling(self._engine.generate), self._tools, codec).run
+            generate = self._inbox.sampling(self._engine.generate)
+            self._inbox.run = EpisodeRunner(self._config, generate, self._tools, codec, call_format).run
             return os.getpid()
 
     async def submit(self, requests: list[EpisodeRequest], temperature: float, max_in_flight: int) -> None:

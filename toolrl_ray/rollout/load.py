@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from toolrl_ray.config import RunConfig
+from toolrl_ray.episode.call_format import CallFormat, TextMarkers
+from toolrl_ray.episode.chat_format import hermes_format
 from toolrl_ray.episode.codec import HFCodec
 from toolrl_ray.errors import UserError
 from toolrl_ray.rollout.runner import RolloutEngine
+from tools_service.runner import ToolInfo
 
 
 def load_codec(policy_dir: str) -> HFCodec:
@@ -23,6 +26,18 @@ def load_codec(policy_dir: str) -> HFCodec:
     except OSError:
         eos = None
     return HFCodec(tokenizer, [eos] if isinstance(eos, int) else eos)
+
+
+def make_call_format(config: RunConfig, codec: HFCodec, infos: Mapping[str, ToolInfo]) -> CallFormat:
+    """How the policy writes calls. infos: of every tool. Raises ConfigError where the policy cannot be talked to in that way."""
+    if config.episode.call_format == "text":
+        return TextMarkers()
+    return hermes_format(codec, infos, config.episode.system, config.policy.path)
+
+
+async def load_call_format(config: RunConfig, codec: HFCodec, ask: Callable[[], Awaitable[Mapping[str, ToolInfo]]]) -> CallFormat:
+    """The same; only a format that describes the tools to the policy asks for them."""
+    return make_call_format(config, codec, {} if config.episode.call_format == "text" else await ask())
 
 
 def load_engine(config: RunConfig, policy_dir: str, codec: HFCodec, weight_backend: str, on_death: Callable[[], None]) -> RolloutEngine:

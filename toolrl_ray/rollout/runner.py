@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from toolrl_ray.config import RunConfig
-from toolrl_ray.episode.call_format import TextMarkers
+from toolrl_ray.episode.call_format import CallFormat
 from toolrl_ray.episode.codec import HFCodec
 from toolrl_ray.episode.loop import Limits, run_episode
 from toolrl_ray.tasks.module import task_module
 from toolrl_ray.types import CallToolFn, Completion, EpisodeRequest, SamplingParams, Trajectory
+from tools_service.protocol import ToolCall, ToolResult, ToolStatus
 
 
 class RolloutEngine(Protocol):
@@ -26,25 +27,31 @@ class RolloutEngine(Protocol):
     async def resume(self) -> None: ...
 
 
+async def _no_tool(call: ToolCall) -> ToolResult:
+    return ToolResult(ToolStatus.UNAVAILABLE, "")
+
+
 class EpisodeRunner:
-    def __init__(self, config: RunConfig, generate: Any, call_tool: CallToolFn, codec: HFCodec):
+    def __init__(self, config: RunConfig, generate: Any, call_tool: CallToolFn, codec: HFCodec, call_format: CallFormat):
         self._config = config
         self._generate = generate
         self._call_tool = call_tool
         self._codec = codec
+        self._call_format = call_format
         self._task = task_module(config.task)
-        self._limits = Limits(**config.episode.model_dump(exclude={"shown"}))
+        self._limits = Limits(**config.episode.model_dump(exclude={"shown", "call_format", "system"}))
 
     async def run(self, request: EpisodeRequest, temperature: float) -> Trajectory:
+        """temperature: of the collection; the request's own goes before it."""
         trajectory = await run_episode(
             request,
             self._task.render_prompt(request.task, self._config.task.few_shot),
             generate=self._generate,
-            call_tool=self._call_tool,
+            call_tool=self._call_tool if request.with_tools else _no_tool,
             codec=self._codec,
-            call_format=TextMarkers(),
+            call_format=self._call_format,
             limits=self._limits,
-            temperature=temperature,
+            temperature=temperature if request.temperature is None else request.temperature,
             shown=self._config.episode.shown,
         )
         trajectory.reward = float(self._task.reward(trajectory))

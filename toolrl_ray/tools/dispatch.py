@@ -13,7 +13,9 @@ from dataclasses import replace
 from toolrl_ray.tools.call_queue import CallQueue, PendingCall, Transport
 from toolrl_ray.tools.stats import count_call
 from tools_service.protocol import ToolCall, ToolResult, ToolStatus
-from tools_service.runner import unknown_tool
+from tools_service.runner import ToolInfo, unknown_tool
+
+START_POLL_S = 0.2
 
 
 class Dispatcher:
@@ -95,6 +97,14 @@ class Dispatcher:
         a tool that cannot be reached is asked for again by its first call."""
         for queue in self._queues.values():
             await queue.connect()
+
+    async def infos(self) -> dict[str, ToolInfo]:
+        """What every tool says of itself; waits for those that cannot be reached yet, so the caller sets the deadline."""
+        while True:
+            await self.connect()
+            if all(queue.info is not None for queue in self._queues.values()):
+                return {name: queue.info for name, queue in self._queues.items() if queue.info is not None}
+            await asyncio.sleep(START_POLL_S)
 
     async def close(self) -> None:
         """Cancels what is in flight; callers that still wait are answered UNAVAILABLE."""

@@ -7,6 +7,7 @@ from toolrl_ray.errors import PlacementError
 from toolrl_ray.tools.dispatch import Dispatcher
 from toolrl_ray.tools.local import tool_factories
 from tools_service.protocol import ToolCall, ToolResult
+from tools_service.runner import ToolInfo
 from tools_service.serve_handles import ToolHandles
 
 
@@ -65,6 +66,10 @@ class ToolClient:
     async def connect(self) -> None:
         """Optional, before the first call: reaches every tool once, which takes a second or two the first time."""
         await self._dispatcher.connect()
+
+    async def infos(self) -> dict[str, ToolInfo]:
+        """What every tool says of itself; waits for those that are starting, so the caller sets the deadline."""
+        return await self._dispatcher.infos()
 
     def stats(self) -> dict[str, int]:
         return self._dispatcher.stats()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from toolrl_ray.episode.call_format import TextMarkers
+from toolrl_ray.episode.call_format import CallFormat, TextMarkers
 from toolrl_ray.episode.loop import Limits, run_episode
 from toolrl_ray.types import Completion, EpisodeRequest, SamplingParams, Task, Trajectory
 from tools_service.protocol import ToolCall, ToolResult, ToolStatus
@@ -52,7 +52,15 @@ class FakeTool:
         return self.result
 
 
-def play(codec, generate, call_tool, limits: Limits = LIMITS, prompt: str = "What is 13.1-3?\n\n", **options) -> Trajectory:
+def play(
+    codec,
+    generate,
+    call_tool,
+    limits: Limits = LIMITS,
+    prompt: str = "What is 13.1-3?\n\n",
+    call_format: CallFormat = TextMarkers(),  # noqa: B008 - it is frozen
+    **options,
+) -> Trajectory:
     return asyncio.run(
         run_episode(
             REQUEST,
@@ -60,7 +68,7 @@ def play(codec, generate, call_tool, limits: Limits = LIMITS, prompt: str = "Wha
             generate=generate,
             call_tool=call_tool,
             codec=codec,
-            call_format=TextMarkers(),
+            call_format=call_format,
             limits=limits,
             temperature=1.0,
             **options,

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.unit.episode.invariants import check_invariants
 from tests.unit.episode.script import LIMITS, FakeTool, Script, play
 from tests.unit.episode.vocabularies import MAKERS
 from tests.unit.episode.vocabularies import codec as vocabulary
-from toolrl_ray.types import NO_VERSION, Completion, SegmentKind, StopReason
+from toolrl_ray.types import Completion
 from tools_service.protocol import ToolStatus
 
 MARKERS = ["<request><T>1+1<call>", "<call>", "Result=2<submit>", "<request>", ">", "\n", "><", "é🙂", "x"]
@@ -50,33 +51,7 @@ def test_the_six_invariants_hold(name, data):
     )
     script = Script(*turns)
     trajectory = play(codec, script, tool, limits)
-    columns = [trajectory.token_ids, trajectory.loss_mask, trajectory.rollout_logprobs, trajectory.policy_versions]
-
-    # 1. equal length
-    assert len({len(column) for column in columns}) == 1
-    # 2. sampled ids exactly as returned, and 6. whole tokens however the marker ends
-    returned = turns[: trajectory.num_turns]
-    policy = [s for s in trajectory.segments if s.kind is SegmentKind.POLICY]
-    assert [trajectory.token_ids[s.start : s.end] for s in policy] == [c.token_ids for c in returned]
-    assert [s.text + s.overhang for s in policy] == [codec.decode(c.token_ids) for c in returned]
-    # 3. mask, logprobs and versions
-    sampled = {i for s in policy for i in range(s.start, s.end)}
-    for i, (trained, logprob, version) in enumerate(zip(*columns[1:], strict=True)):
-        assert trained == (i in sampled)
-        if not trained:
-            assert (logprob, version) == (0.0, NO_VERSION)
-    assert [lp for s in policy for lp in trajectory.rollout_logprobs[s.start : s.end]] == [lp for c in returned for lp in c.logprobs]
-    assert [v for s in policy for v in trajectory.policy_versions[s.start : s.end]] == [v for c in returned for v in c.policy_versions]
-    # 4. each prompt is a prefix of the next, and of the trajectory
-    for earlier, later in zip(script.prompts, [*script.prompts[1:], trajectory.token_ids], strict=False):
-        assert later[: len(earlier)] == earlier
-    # 5. exactly one reason, and nothing after the end
-    assert isinstance(trajectory.stop_reason, StopReason)
-    if trajectory.stop_reason in (StopReason.SUBMITTED, StopReason.EOS):
-        assert trajectory.segments[-1].kind is SegmentKind.POLICY
-    # segments tile the columns
-    assert [s.start for s in trajectory.segments] == [0, *(s.end for s in trajectory.segments[:-1])]
-    assert trajectory.segments[-1].end == len(trajectory.token_ids)
+    check_invariants(codec, trajectory, turns[: trajectory.num_turns], script)
 
 
 @pytest.mark.parametrize("name", sorted(MAKERS))

@@ -10,8 +10,12 @@ import pytest
 from tests.unit.episode.script import LIMITS, FakeTool, Script, play, said
 from tests.unit.episode.vocabularies import codec as vocabulary
 from toolrl_ray.episode.shown import SHOWN, check_template
+from toolrl_ray.evaluation import rollout_metrics
+from toolrl_ray.tools.dispatch import Dispatcher
+from toolrl_ray.tools.stats import tool_metrics
 from toolrl_ray.types import Completion, SegmentKind, StopReason
 from tools_service.protocol import ToolResult, ToolStatus
+from tools_service.runner import ToolInfo
 
 CODEC = vocabulary("tiny")
 CALL = "<request><SimpleCalculatorTool>13.1-3<call>"
@@ -90,6 +94,26 @@ def test_a_stalled_tool_costs_its_deadline_and_the_episode_goes_on():
     assert [c.status for c in trajectory.tool_calls] == [ToolStatus.TIMEOUT]
     assert len(cancelled) == 1
     assert trajectory.stop_reason is StopReason.SUBMITTED
+    assert rollout_metrics([trajectory], 1.0)["tools/status/timeout"] == 1
+
+
+class Stalling:
+    """A transport whose requests are never answered."""
+
+    async def describe(self, tool):
+        return ToolInfo(tool, "", idempotent=True)
+
+    async def send(self, tool, calls):
+        await asyncio.Event().wait()
+
+    def end_session(self, tool, name): ...
+
+
+def test_a_call_that_stalls_in_the_service_is_answered_and_counted_by_the_client_at_its_deadline():
+    client = Dispatcher(Stalling(), ["SimpleCalculatorTool"], max_queued=1)
+    trajectory = play(CODEC, Script(said(CODEC, CALL), said(CODEC, SUBMIT)), client, replace(LIMITS, tool_deadline_s=0.05))
+    assert [c.status for c in trajectory.tool_calls] == [ToolStatus.TIMEOUT]
+    assert tool_metrics(client.stats(), {})["tools/SimpleCalculatorTool/status/timeout"] == 1
 
 
 def test_empty_output_is_an_observation_of_the_closing_marker_alone():

@@ -441,3 +441,12 @@ def test_slots_grow_with_the_replicas_that_the_service_may_have():
         await calls
 
     run(scenario, max_replicas=3)
+
+
+def test_what_the_tools_say_of_themselves_is_waited_for_while_they_start():
+    async def scenario(dispatcher, transport):
+        transport.describe_failures = MAX_TRIES + 1
+        infos = await dispatcher.infos()
+        assert {name: info.name for name, info in infos.items()} == {"t": "t", "u": "u"}
+
+    run(scenario)
