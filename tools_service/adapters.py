@@ -109,7 +109,11 @@ def load_tool(name: str, spec: str, options: Mapping[str, Any]) -> Tool | AsyncT
         from tools_service.mcp_client import MCPTool
 
         return _made(name, spec, partial(MCPTool, name, spec.removeprefix(MCP_PREFIX)), options)
-    thing = load_name(spec)
+    return adapt(name, spec, load_name(spec), options)
+
+
+def adapt(name: str, spec: str, thing: Any, options: Mapping[str, Any]) -> Tool | AsyncTool:
+    """The same of a Thing that is at hand. spec: what the messages call it."""
     if not inspect.isclass(thing) and options:
         raise LoadingError(f"tool {name}={spec!r} takes no options (only a class does), but has {', '.join(options)}")
     if inspect.isfunction(thing):

@@ -7,6 +7,8 @@ free of processes and threads, so that a breakpoint works anywhere.
 from __future__ import annotations
 
 import asyncio
+import itertools
+import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,13 +24,15 @@ class _Row:
     prompt: list[int]
     params: SamplingParams
     done: asyncio.Future[Completion]
+    rng: random.Random
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str | None = None
 
 
 class TransformersEngine:
-    """model: a causal LM in eval mode, which the engine keeps for itself. decode: text of sampled ids, for stop strings."""
+    """model: a causal LM in eval mode, which the engine keeps for itself. decode: text of sampled ids, for stop strings.
+    seed: with a completion's own seed it says what that draws, whatever else is under way."""
 
     def __init__(
         self,
@@ -44,7 +48,8 @@ class TransformersEngine:
         self._decode = decode
         self._eos = frozenset(eos_token_ids)
         self._max_batch = max_batch
-        self._rng = torch.Generator(device=model.device).manual_seed(seed)
+        self._seed = seed
+        self._unseeded = itertools.count()
         self._version = policy_version
         self._waiting: list[_Row] = []
         self._worker: asyncio.Task[None] | None = None
@@ -56,7 +61,9 @@ class TransformersEngine:
         pass
 
     async def generate(self, token_ids: list[int], params: SamplingParams) -> Completion:
-        row = _Row(token_ids, params, asyncio.get_running_loop().create_future())
+        # Each completion draws for itself: which others share its batch depends on how fast the tools answer.
+        own = f"number {next(self._unseeded)}" if params.seed is None else params.seed
+        row = _Row(token_ids, params, asyncio.get_running_loop().create_future(), random.Random(f"{self._seed}/{own}"))
         self._waiting.append(row)
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
@@ -101,7 +108,9 @@ class TransformersEngine:
                 )
             cache = out.past_key_values
             logprobs = torch.log_softmax(out.logits[:, -1].float() / temperature, dim=-1)  # [B, V]
-            sampled = torch.multinomial(logprobs.exp(), 1, generator=self._rng)[:, 0]
+            below = logprobs.double().exp().cumsum(-1)  # [B, V]
+            drawn = torch.tensor([[row.rng.random()] for row in batch], dtype=torch.float64, device=device) * below[:, -1:]
+            sampled = torch.searchsorted(below, drawn, right=True)[:, 0]  # the first token above; never one of probability 0
             tokens = torch.where(greedy, logprobs.argmax(-1), sampled)
             self._append(batch, tokens.tolist(), logprobs.gather(1, tokens[:, None])[:, 0].tolist())
             if all(row.finish_reason for row in batch):
@@ -156,4 +165,6 @@ class TransformersEngine:
             parameters[name].copy_(tensor)
 
     def shutdown(self) -> None:
-        pass
+        """Ends what is being sampled for callers that have gone."""
+        if self._worker is not None:
+            self._worker.cancel()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 
 from toolrl_ray.config import ToolsConfig
@@ -27,20 +28,21 @@ def tool_factories(config: ToolsConfig) -> dict[str, Factory]:
     if config.app is not None:
         return {}
     try:
-        return runner.tool_factories(config.names, config.custom, config.options)
+        return runner.tool_factories(config.names, config.custom, config.options, config.prefix)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
 
 class LocalTools:
-    """Runs the recipe's tools in this process; each starts at its first call. Raises as `tool_factories` does, and ConfigError for a
-    recipe whose tools run on a cluster."""
+    """Runs the recipe's tools in this process; each starts at its first call. factories: what makes the tools by name, in place of what
+    the recipe names. Raises as `tool_factories` does, and ConfigError for a recipe whose tools run on a cluster."""
 
-    def __init__(self, config: ToolsConfig):
+    def __init__(self, config: ToolsConfig, factories: Mapping[str, Factory] | None = None):
         if config.app is not None:
             raise ConfigError(f"tools.app={config.app!r} names a service on a Ray cluster, out of reach in process; set tools.app=null")
-        self._factories = tool_factories(config)
+        self._factories = tool_factories(config) if factories is None else dict(factories)
         self._pools = {name: config.pool(name) for name in self._factories}
+        self._start_timeout_s = config.start_timeout_s
         self._executors: dict[str, Executor] = {}
         self._starting = {name: asyncio.Lock() for name in self._factories}
         self._ending: set[asyncio.Task[None]] = set()
@@ -70,12 +72,21 @@ class LocalTools:
         return result
 
     async def start(self) -> None:
-        """Starts every tool now. Raises ConfigError that names the tool that does not start, and why."""
+        """Starts every tool now. Raises ConfigError that names the tool that does not start, and why: among it, that all have not
+        started within start_timeout_s, which of a tool that blocks this thread as it starts is noticed when it lets go."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._start_timeout_s
         for name in self._factories:
             try:
-                await self._start(name)
+                async with asyncio.timeout_at(deadline):
+                    await self._start(name)
+                if loop.time() >= deadline:
+                    raise TimeoutError
             except Exception as error:
-                raise ConfigError(f"tool {name} does not start: {' '.join(str(error).split())}") from error
+                reason = " ".join(str(error).split()) or type(error).__name__
+                if isinstance(error, TimeoutError) and loop.time() >= deadline:
+                    reason = f"start_timeout_s={self._start_timeout_s:g} is over"
+                raise ConfigError(f"tool {name} does not start: {reason}") from error
 
     async def _start(self, name: str) -> Executor:
         async with self._starting[name]:

@@ -117,3 +117,14 @@ def test_a_failure_of_the_model_reaches_every_waiting_episode(engine):
         return await asyncio.gather(*(engine.generate([10**6], SamplingParams(1.0, 2, ())) for _ in range(3)), return_exceptions=True)
 
     assert all(isinstance(error, IndexError) for error in asyncio.run(run()))
+
+
+def test_a_completions_seed_says_what_it_draws_whatever_shares_the_batch(model):
+    def sampled(seed, own, company):
+        engine = TransformersEngine(model, decode, [EOS], max_batch=4, seed=seed, policy_version=0)
+        jobs = [([3, 4], SamplingParams(1.0, 9, (), seed=other)) for other in company]
+        return generate(engine, *jobs, ([2, 3], SamplingParams(1.0, 9, (), seed=own)))[-1].token_ids
+
+    alone = sampled(0, 7, [])
+    assert sampled(0, 7, [1, 2]) == sampled(0, 7, range(10, 17)) == alone
+    assert sampled(1, 7, []) != alone and sampled(0, 8, []) != alone

@@ -1,0 +1,264 @@
+"""PPOTrainer against the learner that it wraps, and against what TRL's trainer got wrong."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from learner_synthetic import random_trajectories, run_config
+from torch import nn
+
+from tests.unit.text_parts import PROMPT, tiny_lm, tokenizer
+from toolrl_ray.errors import ConfigError, LearnerError
+from toolrl_ray.learner.update import Learner
+from toolrl_ray.text_environment import PPOConfig, PPOTrainer, TextEnvironment
+
+TRL_STATISTICS = """
+objective/kl objective/kl_dist objective/logprobs objective/ref_logprobs objective/kl_coef objective/entropy
+ppo/mean_non_score_reward ppo/mean_scores ppo/std_scores ppo/loss/policy ppo/loss/value ppo/loss/total ppo/policy/entropy
+ppo/policy/approxkl ppo/policy/clipfrac ppo/policy/advantages ppo/policy/advantages_mean ppo/returns/mean ppo/returns/var
+ppo/val/error ppo/val/clipfrac ppo/val/mean ppo/val/var ppo/val/var_explained ppo/learning_rate tokens/queries_len_mean
+tokens/queries_len_std tokens/queries_dist tokens/responses_len_mean tokens/responses_len_std tokens/responses_dist time/ppo/total
+env/reward_mean env/reward_std env/reward_dist
+""".split()
+
+ROWS = random_trajectories(8)
+
+
+def ids(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.long)
+
+
+def tensors(trajectories):
+    """(queries, responses, scores, masks): the query is what comes before the first trained token."""
+    splits = [t.loss_mask.index(True) if any(t.loss_mask) else 2 for t in trajectories]
+    pairs = list(zip(trajectories, splits, strict=True))
+    return (
+        [ids(*t.token_ids[:split]) for t, split in pairs],
+        [ids(*t.token_ids[split:]) for t, split in pairs],
+        [torch.tensor(t.reward) for t in trajectories],
+        [ids(*map(int, t.loss_mask[split:])) for t, split in pairs],
+    )
+
+
+def trainer(lm=None, ref_model=None, **settings) -> PPOTrainer:
+    settings = {"batch_size": 8, "mini_batch_size": 4, "learning_rate": 1e-3, "ppo_epochs": 2} | settings
+    return PPOTrainer(PPOConfig(**settings), lm or tiny_lm(tokenizer()), ref_model)
+
+
+def weights(lm: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in lm.state_dict().items()}
+
+
+def distance(a, b) -> float:
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def test_a_step_trains_the_model_in_place_and_returns_the_familiar_statistics():
+    x = trainer()
+    before = weights(x.model)
+    statistics = x.step(*tensors(ROWS))
+    assert distance(before, weights(x.model)) > 1e-4
+    assert not set(TRL_STATISTICS) - set(statistics)
+    assert all(np.isfinite(value).all() for value in statistics.values())
+    assert statistics["objective/kl"] == pytest.approx(0, abs=1e-5) and statistics["objective/kl_coef"] == 0.2
+    later = x.step(*tensors(ROWS))
+    assert later["objective/kl"] != 0 and later["objective/kl"] == pytest.approx(later["objective/kl_dist"].mean(), abs=1e-5)
+
+
+def test_statistics_are_those_of_their_definitions():
+    x = trainer(init_kl_coef=0.3, vf_coef=0.5)
+    x.step(*tensors(ROWS))
+    lm, kl_coef = copy.deepcopy(x.model), x._learner.kl_controller.value
+    queries, responses, scores, masks = tensors(random_trajectories(8, seed=1))
+    statistics = x.step(queries, responses, scores, masks)
+    entropies, kls = [], []
+    for query, response, mask in zip(queries, responses, masks, strict=True):
+        whole, trained = torch.cat([query, response]), mask.bool()
+        logprobs, ref = (
+            m(whole[None]).logits[0, :-1].log_softmax(-1).gather(1, whole[1:, None])[len(query) - 1 :, 0].detach()[trained]
+            for m in (lm, tiny_lm(tokenizer()))
+        )
+        entropies.append(-float(logprobs.sum()))
+        kls.append((logprobs - ref).numpy())
+    assert statistics["objective/entropy"] == pytest.approx(np.mean(entropies), rel=1e-4)
+    assert statistics["objective/kl_dist"] == pytest.approx([kl.sum() for kl in kls], abs=1e-3)
+    assert statistics["objective/kl_coef"] == kl_coef
+    assert statistics["ppo/mean_non_score_reward"] == pytest.approx(-kl_coef * np.concatenate(kls).mean(), abs=1e-4)
+    rewards = np.array([float(score) for score in scores])
+    for name in ("env/reward", "ppo/{}_scores"):
+        mean, std = (name.format("mean"), name.format("std")) if "{" in name else (f"{name}_mean", f"{name}_std")
+        assert statistics[mean] == pytest.approx(rewards.mean()) and statistics[std] == pytest.approx(rewards.std(ddof=1))
+    total = statistics["ppo/loss/policy"] + 0.5 * statistics["ppo/loss/value"]
+    assert statistics["ppo/loss/total"] == pytest.approx(total)
+    assert statistics["tokens/responses_dist"].tolist() == [len(response) for response in responses]
+    assert statistics["tokens/queries_len_mean"] == pytest.approx(np.mean([len(query) for query in queries]))
+
+
+def test_a_step_is_the_learners_update_with_truncated_importance_weights_of_1(tmp_path):
+    lm = tiny_lm(tokenizer())
+    lm.save_pretrained(tmp_path)
+    settings = {"num_epochs": 2, "num_minibatches": 2, "kl_coef": 0.2, "target_kl": None, "gae_lambda": 0.9, "vf_coef": 0.1}
+    learner = Learner(run_config(algo=settings, learner={"adam_betas": (0.9, 0.999), "max_grad_norm": 0.5}), str(tmp_path), in_process=True)
+    rows = random_trajectories(8)
+    for row in rows:  # sampled from the policy itself
+        row.rollout_logprobs = [lp if m else 0.0 for lp, m in zip([0.0, *learner.logprobs(row.token_ids)], row.loss_mask, strict=True)]
+    learner.update(rows)
+    x = trainer(lm, lam=0.9, max_grad_norm=0.5)
+    x.step(*tensors(rows))
+    assert distance(weights(lm), weights(learner.engine.module.lm)) < 1e-5
+
+
+def test_gae_does_not_run_through_tool_tokens():
+    def advantages(num_tool_tokens):
+        responses = [ids(5, 6, *[9] * num_tool_tokens, 7, 8), ids(5, 6, 7)]
+        masks = [ids(1, 1, *[0] * num_tool_tokens, 1, 1), ids(1, 1, 1)]
+        x = trainer(batch_size=2, mini_batch_size=2, gamma=0.9, lam=0.8)
+        return x.step([ids(1, 2), ids(3)], responses, [torch.tensor(1.0), torch.tensor(0.0)], masks)
+
+    short, long = advantages(1), advantages(20)
+    assert short["ppo/policy/advantages"].std() > 0.1
+    assert short["ppo/policy/advantages"] == pytest.approx(long["ppo/policy/advantages"], abs=1e-6)
+    # Undiscounted by the tool's tokens: the first return is 0.72^3, and no value is predicted yet.
+    assert long["ppo/returns/mean"] == pytest.approx(sum(0.72**k for k in range(4)) / 7, abs=1e-5)
+
+
+def test_gradient_clipping_holds_on_every_update():
+    x = trainer(max_grad_norm=1e-3, ppo_epochs=3)
+    optimizer, applied = x._learner.engine.optimizer, []
+
+    def step(_step=optimizer.step):
+        applied.append(float(nn.utils.get_total_norm([p.grad for p in x.model.parameters()])))
+        _step()
+
+    optimizer.step = step
+    for _ in range(2):
+        assert x.step(*tensors(ROWS))["ppo/grad_norm"] > 1e-2
+    assert len(applied) == 12 and max(applied) <= 1.001e-3
+
+
+def test_without_max_grad_norm_nothing_is_clipped():
+    assert PPOConfig().run_config("cpu").learner.max_grad_norm == math.inf
+    assert trainer(max_grad_norm=None).step(*tensors(ROWS))["ppo/num_updates"] == 4
+
+
+def test_an_all_zero_mask_row_and_an_empty_response_are_legal():
+    queries, responses, scores, masks = tensors(ROWS)
+    masks[0] = torch.zeros_like(masks[0])
+    responses[1], masks[1] = ids(), ids()
+    statistics = trainer().step(queries, responses, scores, masks)
+    assert all(np.isfinite(value).all() for value in statistics.values())
+    assert statistics["tokens/trained"] == sum(int(mask.sum()) for mask in masks)
+    assert statistics["env/reward_mean"] == pytest.approx(np.mean([float(score) for score in scores]))
+
+
+def test_a_batch_without_any_trained_token_changes_nothing_and_has_the_same_statistics():
+    x = trainer()
+    before = weights(x.model)
+    queries, responses, scores, masks = tensors(ROWS)
+    statistics = x.step(queries, responses, scores, [torch.zeros_like(mask) for mask in masks])
+    assert distance(before, weights(x.model)) == 0 and set(statistics) == set(x.step(queries, responses, scores, masks))
+    assert all(np.isfinite(value).all() for value in statistics.values())
+
+
+def test_without_masks_the_whole_response_is_trained():
+    queries, responses, scores, _ = tensors(ROWS)
+    assert trainer().step(queries, responses, [float(s) for s in scores])["tokens/trained"] == sum(len(r) for r in responses)
+
+
+def test_dropout_is_off_in_a_step_and_the_modes_are_afterwards_as_they_were():
+    lm = tiny_lm(tokenizer(), attention_dropout=0.5)
+    lm.train()
+    seen = []
+    lm.model.layers[0].self_attn.register_forward_pre_hook(lambda module, args: seen.append(module.training))
+    statistics = trainer(lm, ppo_epochs=1, mini_batch_size=8).step(*tensors(ROWS))
+    assert statistics["ppo/policy/approxkl"] == pytest.approx(0, abs=1e-9)  # the one update starts from the old policy
+    assert seen and not any(seen) and lm.training
+
+
+def test_the_reference_is_the_model_as_it_was_unless_another_is_given():
+    lm = tiny_lm(tokenizer())
+    other = copy.deepcopy(lm)
+    nn.init.normal_(other.lm_head.weight)
+    assert trainer(lm).step(*tensors(ROWS))["objective/kl"] == pytest.approx(0, abs=1e-5)
+    assert abs(trainer(lm, other).step(*tensors(ROWS))["objective/kl"]) > 0.1
+    with pytest.raises(ConfigError, match="ref_model is the model itself"):
+        trainer(lm, lm)
+
+
+def test_a_wrapped_model_is_trained_and_saved(tmp_path):
+    wrapper = nn.Module()
+    wrapper.pretrained_model = tiny_lm(tokenizer())
+    before = weights(wrapper.pretrained_model)
+    x = PPOTrainer(PPOConfig(batch_size=8, mini_batch_size=8, learning_rate=1e-3), wrapper, tokenizer=tokenizer())
+    x.step(*tensors(ROWS))
+    assert distance(before, weights(wrapper.pretrained_model)) > 1e-4
+    x.save_pretrained(tmp_path / "out")
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize("early_stopping, num_updates", [(False, 8), (True, 1)])
+def test_early_stopping_ends_the_updates_of_a_batch(early_stopping, num_updates):
+    x = trainer(early_stopping=early_stopping, target_kl=1e-12, ppo_epochs=4)
+    assert x.step(*tensors(ROWS))["ppo/num_updates"] == num_updates
+
+
+def test_the_temperature_is_that_of_the_sampler():
+    x = trainer(temperature=0.5)
+    statistics = x.step(*tensors(ROWS))
+    assert statistics["objective/entropy"] != pytest.approx(trainer().step(*tensors(ROWS))["objective/entropy"], rel=0.01)
+
+
+def test_the_configuration_keeps_trls_names_and_defaults():
+    config = PPOConfig(batch_size=64, mini_batch_size=8, gradient_accumulation_steps=2, cliprange=0.1, kl_penalty="mse", adap_kl_ctrl=False)
+    run = config.run_config("cpu")
+    algo = run.algo
+    assert (algo.num_minibatches, algo.num_epochs, algo.kl_estimator, algo.kl_controller) == (4, 4, "k2", "fixed")
+    assert (algo.clip_eps_low, algo.clip_eps_high, algo.clip_value, algo.gamma, algo.gae_lambda) == (0.1, 0.1, 0.2, 1.0, 0.95)
+    assert (algo.kl_coef, algo.kl_target, algo.kl_horizon, algo.vf_coef, algo.target_kl) == (0.2, 6.0, 10000.0, 0.1, None)
+    assert run.learner.lr == 1.41e-5 and run.seed == 0
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"log_with": "wandb"}, "PPOConfig has no 'log_with'; it has learning_rate"),
+        ({"lam": 2.0}, "lam=2.0"),
+        ({"cliprange": -1.0}, "cliprange=-1.0"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm=0.0"),
+        ({"kl_penalty": "full"}, "kl_penalty='full'; allowed: kl, mse"),
+        ({"batch_size": 10, "mini_batch_size": 4}, "batch_size=10 is no multiple of mini_batch_size=4"),
+    ],
+)
+def test_settings_that_are_not_there_or_make_no_sense_are_refused_in_one_line(settings, said):
+    with pytest.raises(ConfigError) as refused:
+        PPOConfig(**settings)
+    assert str(refused.value).count("\n") == 0 and said in str(refused.value)
+
+
+def test_rows_that_do_not_fit_together_are_refused_in_one_line():
+    queries, responses, scores, masks = tensors(ROWS)
+    x = trainer()
+    with pytest.raises(ConfigError, match="batch_size=8, but got 7 queries, 8 responses"):
+        x.step(queries[:7], responses, scores, masks)
+    with pytest.raises(ConfigError, match="row 0: the mask has 1 entries"):
+        x.step(queries, responses, scores, [ids(1), *masks[1:]])
+    with pytest.raises(LearnerError, match="reward=nan"):
+        x.step(queries, responses, [math.nan] * 8, masks)
+
+
+def test_environment_and_trainer_together_learn_a_bandit():
+    """One character after one prompt; an upper-case letter pays 1."""
+    made = tokenizer()
+    lm = tiny_lm(made)
+    sample = {"do_sample": True, "max_new_tokens": 1}
+    env = TextEnvironment(lm, made, [], lambda texts: [float(t.isupper()) for t in texts], PROMPT, generation_kwargs=sample)
+    x = PPOTrainer(PPOConfig(batch_size=64, mini_batch_size=32, learning_rate=3e-3, init_kl_coef=0.0), lm)
+    means = []
+    for _ in range(25):
+        queries, responses, masks, rewards, _ = env.run(["a"] * 64)
+        means.append(x.step(queries, responses, rewards, masks)["env/reward_mean"])
+    assert means[0] < 0.3 and sum(means[-3:]) / 3 > 0.9

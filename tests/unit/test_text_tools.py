@@ -1,0 +1,174 @@
+"""What a TextEnvironment takes for tools, what it calls them, and what the model is shown."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.unit.text_parts import call, environment
+from tests.unit.tools_in_process import InProcess, Notebook, over_http
+from toolrl_ray.errors import ConfigError, UserError
+from tools_service.calculator import SimpleCalculatorTool
+from tools_service.http_app import make_app
+from tools_service.protocol import ToolStatus
+
+SUBMIT = "ok<submit>"
+
+
+def reverse(text):
+    return text[::-1]
+
+
+async def shout(text):
+    await asyncio.sleep(0)
+    return text.upper()
+
+
+def add(a: int, b: int = 1) -> int:
+    """Adds."""
+    return a + b
+
+
+def multiply(a: int, b: int) -> int:
+    """Multiplies."""
+    if b == 0:
+        raise ValueError("not by zero")
+    return a * b
+
+
+class Searcher:
+    """In the manner of transformers' tools."""
+
+    name, description = "search", "Looks for something."
+    inputs = {"query": {"type": "string", "description": "what to look for"}}
+
+    def __call__(self, query):
+        return f"found {query}"
+
+
+class Ranger(Searcher):
+    inputs = {"low": {"type": "integer"}, "high": {"type": "integer"}}
+
+    def __call__(self, *, low, high):
+        return list(range(low, high))
+
+
+def shown(tools, *calls: tuple[str, str], **options) -> list[tuple[str, ToolStatus]]:
+    """Of each call, in an episode of its own: the text that the model is shown and the status."""
+    script = {f"{i}.": [call(tool, argument), SUBMIT] for i, (tool, argument) in enumerate(calls)}
+    env = environment(script, tools, **options)
+    *_, histories = env.run(list(script))
+    env.close()
+    texts = [h.text.partition("<call>")[2].removesuffix(f"<response>{SUBMIT}") for h in histories]
+    return list(zip(texts, [h.trajectory.tool_calls[0].status for h in histories], strict=True))
+
+
+OK, ERROR = ToolStatus.OK, ToolStatus.TOOL_ERROR
+
+
+def test_a_dict_of_callables_is_called_with_the_text_between_the_markers():
+    tools = {"rev": reverse, "one": lambda text: f"<{text}>", "upper": str.upper, "Search": Searcher()}
+    calls = ("rev", "abc"), ("one", ' "x" '), ("upper", "abc"), ("Search", "Bruce Willis")
+    assert shown(tools, *calls) == [("cba", OK), ('< "x" >', OK), ("ABC", OK), ("found Bruce Willis", OK)]
+
+
+def test_a_list_names_functions_by_their_name_objects_by_their_class_and_this_projects_tools_by_theirs():
+    tools = [reverse, Searcher(), SimpleCalculatorTool(), shout]
+    assert list(environment({}, tools).tools) == ["reverse", "Searcher", "SimpleCalculatorTool", "shout"]
+    calls = ("reverse", "abc"), ("Searcher", "x"), ("SimpleCalculatorTool", "13.1-3"), ("shout", "abc")
+    assert shown(tools, *calls) == [("cba", OK), ("found x", OK), ("10.1", OK), ("ABC", OK)]
+
+
+def test_an_object_may_be_served_under_another_name():
+    assert shown({"Calc": SimpleCalculatorTool()}, ("Calc", "6*7")) == [("42", OK)]
+
+
+def test_what_takes_several_arguments_gets_a_json_object():
+    calls = (
+        ("multiply", '{"a": 6, "b": 7}'),
+        ("multiply", '{"a": 6}'),
+        ("multiply", '{"a": 1, "b": 0}'),
+        ("Ranger", '{"low": 1, "high": 4}'),
+    )
+    texts = [text for text, _ in shown([multiply, Ranger()], *calls)]
+    assert texts[0] == "42" and texts[2:] == ["Tool error: not by zero", "[1, 2, 3]"]
+    assert texts[1].startswith("Unknown tool call: argument ")
+
+
+def test_one_that_can_do_with_one_argument_gets_the_text_as_in_trl():
+    [(text, status)] = shown([add], ("add", "3"))
+    assert status is ERROR and text.startswith("Tool error: can only concatenate str")  # its own words
+
+
+def test_an_error_of_an_async_tool_is_told_in_its_own_words():
+    async def fails(text):
+        raise ValueError("no luck")
+
+    assert shown([fails], ("fails", "x")) == [("Tool error: no luck", ERROR)]
+
+
+def test_an_exception_without_words_is_told_by_its_class():
+    def fails(text):
+        raise KeyError
+
+    assert shown([fails], ("fails", "x")) == [("Tool error: KeyError", ERROR)]
+
+
+def test_output_is_cut_by_characters_as_in_trl():
+    tools = {"long": lambda text: "é" * 200, "fits": lambda text: "y" * 20, "raises": lambda text: text[9], "deep": lambda text: 1 / 0}
+    env = environment({name: [call(name, "x"), SUBMIT] for name in tools}, tools, max_tool_response=20)
+    *_, histories = env.run(list(tools))
+    texts = [h.text.partition("<call>")[2].partition("<response>")[0] for h in histories]
+    assert texts == ["é" * 17 + "...", "y" * 20, "Tool error: strin...", "Tool error: divis..."]
+    assert [h.trajectory.tool_calls[0].truncated for h in histories] == [True, False, True, True]
+
+
+def test_a_deployed_tool_is_called_by_its_name_and_keeps_a_session_per_episode(monkeypatch):
+    tools = InProcess(SimpleCalculatorTool(), Notebook())
+    with over_http(make_app(tools.infos, tools.gateway.call, tools.gateway.end_session)) as port:
+        monkeypatch.setenv("TOOLRL_TOOLS", f"http://127.0.0.1:{port}")
+        script = {"a": [call("Notebook", "1"), call("Notebook", "2"), SUBMIT], "b": [call("Notebook", "3"), call("Calc", "6*7"), SUBMIT]}
+        env = environment(script, {"Notebook": "Notebook", "Calc": "SimpleCalculatorTool", "reverse": reverse})
+        *_, histories = env.run(["a", "b"])
+        assert [[c.text for c in h.trajectory.tool_calls] for h in histories] == [["1", "1 2"], ["3", "42"]]
+        env.close()
+        assert shown(["SimpleCalculatorTool"], ("SimpleCalculatorTool", "1+1")) == [("2", OK)]
+        with pytest.raises(UserError, match="no tool 'Wiki' is deployed at http://127.0.0.1.*it has SimpleCalculatorTool, Notebook"):
+            environment({}, ["Wiki"])
+
+
+def test_without_a_service_the_name_of_a_deployed_tool_is_refused_at_once(monkeypatch):
+    monkeypatch.setenv("TOOLRL_TOOLS", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="no tools service at http://127.0.0.1:9"):
+        environment({}, ["Wiki"])
+
+
+def test_a_tool_of_an_mcp_server_is_named_by_what_follows_its_number_sign():
+    server = shlex.join([str(Path(sys.executable).with_name("toolrl")), "tools", "mcp", "--local"])
+    env = environment({"a": [call("SimpleCalculatorTool", "6*7"), SUBMIT]}, [f"mcp:{server}#SimpleCalculatorTool"])
+    *_, [history] = env.run(["a"])
+    env.close()
+    assert history.trajectory.tool_calls[0].text == "42"
+
+
+@pytest.mark.parametrize(
+    "tools, said",
+    [
+        ([reverse, reverse], "two tools are called 'reverse'"),
+        ([lambda text: text], "a tool cannot be called '<lambda>'"),
+        ({"a>b": reverse}, "a tool cannot be called 'a>b'"),
+        ({" a": reverse}, "a tool cannot be called ' a'"),
+        ({"x": 3}, "tool x='int': int lacks name"),
+        ({"x": Searcher}, "tool x is the class Searcher; give an object of it"),
+        ({"x": lambda a, b: a}, "the function has no docstring"),
+        (["mcp:no-such-command#x"], "no command 'no-such-command'"),
+    ],
+)
+def test_what_is_no_tool_is_refused_in_one_line(tools, said):
+    with pytest.raises(ConfigError) as refused:
+        environment({}, tools)
+    assert said in str(refused.value) and "\n" not in str(refused.value)

@@ -1,0 +1,264 @@
+"""`TextEnvironment` as people who come from TRL know it, over this project's episodes: the same ledger, the same parser, the same tools.
+
+    env = TextEnvironment(model, tokenizer, tools, reward_fn, prompt, generation_kwargs={"do_sample": True, "max_new_tokens": 32})
+    queries, responses, masks, rewards, histories = env.run(tasks, **reward_kwargs)
+    statistics = PPOTrainer(PPOConfig(batch_size=len(tasks)), model, tokenizer=tokenizer).step(queries, responses, rewards, masks)
+
+Letters: B = tasks, Q = tokens of one query, R = tokens of one response (everything after the query, observations included).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+import threading
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toolrl_ray.episode.call_format import TextMarkers
+from toolrl_ray.episode.codec import HFCodec
+from toolrl_ray.episode.loop import Limits, run_episode
+from toolrl_ray.errors import ConfigError
+from toolrl_ray.ppo_trainer import PPOConfig, PPOTrainer, causal_lm, eval_mode
+from toolrl_ray.rollout.transformers_engine import TransformersEngine
+from toolrl_ray.text_history import TextHistory
+from toolrl_ray.text_tools import SHOWN, TextTools
+from toolrl_ray.types import EpisodeRequest, Task, Trajectory
+
+__all__ = ["PPOConfig", "PPOTrainer", "TextEnvironment", "TextHistory"]
+
+MAX_BATCH = 32  # episodes that are sampled together
+MAX_NEW_TOKENS = 64  # per turn, where generation_kwargs says nothing
+DEADLINE_S = 3600.0  # of a turn and of an episode
+NO_LIMIT = 2**31  # tokens of an episode, where neither max_length nor the model says how many
+
+# Settings of `generate` that bend or cut the distribution, with the values that leave it as it is.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "top_k": (0, None),
+    "top_p": (1, None),
+    "min_p": (0, None),
+    "typical_p": (1, None),
+    "repetition_penalty": (1, None),
+    "no_repeat_ngram_size": (0, None),
+    "num_beams": (1, None),
+    "min_length": (0, -1, None),
+    "min_new_tokens": (0, None),
+}
+READ = ("do_sample", "temperature", "max_new_tokens", "eos_token_id")
+OF_NO_EFFECT = ("pad_token_id", "bos_token_id", "use_cache")  # rows are padded and cached without being asked
+
+
+class TextEnvironment:
+    """Runs tasks as episodes in which the model may call tools, and scores them.
+
+    model: a causal LM, or anything that holds one as `pretrained_model`. tokenizer: of Hugging Face; it is not changed.
+    tools: see text_tools.py. prompt: goes before every task.
+    reward_fn: called once per run with the text of each episode's last model turn, up to its marker, and with the keyword arguments of
+        `run`; where it has a parameter named `histories` it gets those too. Returns a number per task.
+    max_turns: completions per episode. max_tool_response: characters that the model is shown of a call.
+    max_length: tokens of an episode, query included (default: as many as the model can read).
+    generation_kwargs: do_sample (default: greedy, or sampling where there is a temperature), temperature, max_new_tokens per turn,
+        eos_token_id (ids that end a turn besides the tokenizer's and the model's own). Everything else must be neutral.
+    tool_timeout_s: after which a call is answered without its tool. max_tool_reponse: TRL's spelling.
+    Sampling is seeded by torch's global generator. Raises ConfigError, in one line, for settings that make no sense.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        tools: Mapping[str, Any] | Iterable[Any],
+        reward_fn: Callable[..., Iterable[Any]],
+        prompt: str,
+        max_turns: int = 4,
+        max_tool_response: int = 100,
+        max_length: int | None = None,
+        generation_kwargs: Mapping[str, Any] | None = None,
+        *,
+        tool_timeout_s: float = 10.0,
+        max_tool_reponse: int | None = None,
+    ):
+        self.model, self.tokenizer, self.reward_fn, self.prompt = model, tokenizer, reward_fn, prompt
+        self.max_turns, self.max_length, self.tool_timeout_s = max_turns, max_length, tool_timeout_s
+        self.max_tool_response = max_tool_response if max_tool_reponse is None else max_tool_reponse
+        self.generation_kwargs = generation_kwargs
+        self._policy = causal_lm(model)
+        own_eos = getattr(getattr(self._policy, "generation_config", None), "eos_token_id", None)
+        self._codec = _Codec(tokenizer, _as_list(own_eos))
+        self._eos_token_ids = self._codec.eos_token_ids
+        self._settings()
+        if not callable(reward_fn):
+            raise ConfigError(f"reward_fn={reward_fn!r} cannot be called; give a function of the list of responses")
+        self._tools = TextTools(tools, self.max_tool_response)
+        self.tools = self._tools.named
+        self._num_runs = 0
+        self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)  # leaves the thread's own loop alone
+        try:
+            _wait_for(self._runner, self._tools.start())
+        except BaseException:
+            self.close()
+            raise
+
+    def run(
+        self, tasks: Iterable[str], /, **reward_kwargs: Any
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[TextHistory]]:
+        """One episode for every task; also where an event loop runs already, as in a notebook.
+
+        Returns queries (int64 [Q]), responses (int64 [R], R may be 0), masks (int64 [R], 1 on what the model sampled), rewards
+        (float32 scalars) and histories, each a list of B. Raises what the model or reward_fn raises; what a tool does never raises.
+        """
+        if isinstance(tasks, str):
+            raise ConfigError(f"tasks={tasks!r} is one text; give a list of texts")
+        queries = [self.prompt + task for task in tasks]
+        if not queries:
+            return [], [], [], [], []
+        if "" in queries and not self._codec.encode_prompt(""):
+            raise ConfigError(f"task {queries.index('')} is empty, as is the prompt; the model needs something to go on")
+        limits, temperature = self._settings()
+        with eval_mode(self._policy):
+            trajectories = _wait_for(self._runner, self._episodes(queries, limits, temperature))
+        histories = [TextHistory.of(trajectory, self._policy.device) for trajectory in trajectories]
+        self._score(histories, reward_kwargs)
+        parts = [history.split_query_response_tokens() for history in histories]
+        token_ids, responses, masks = (list(column) for column in zip(*parts, strict=True))
+        return token_ids, responses, masks, [history.reward for history in histories], histories
+
+    async def _episodes(self, queries: list[str], limits: Limits, temperature: float) -> list[Trajectory]:
+        seed = int(torch.randint(2**31, ()))
+        engine = TransformersEngine(
+            self._policy, self._codec.decode, self._codec.eos_token_ids, max_batch=MAX_BATCH, seed=seed, policy_version=0
+        )
+        self._num_runs += 1
+
+        async def one(i: int, query: str) -> Trajectory:
+            task = Task(str(i), query, "", "text_environment")
+            return await run_episode(
+                EpisodeRequest(f"{self._num_runs}:{i}:0", f"{self._num_runs}:{i}", task),
+                query,
+                generate=engine.generate,
+                call_tool=self._tools,
+                codec=self._codec,
+                call_format=TextMarkers(),
+                limits=limits,
+                temperature=temperature,
+                shown=SHOWN,
+            )
+
+        episodes = [asyncio.create_task(one(i, query)) for i, query in enumerate(queries)]
+        try:
+            return list(await asyncio.gather(*episodes))
+        finally:  # nothing of a run that fails or is interrupted goes on in the next
+            engine.shutdown()
+            for episode in episodes:
+                episode.cancel()
+            await asyncio.gather(*episodes, return_exceptions=True)
+
+    def _settings(self) -> tuple[Limits, float]:
+        """What the attributes say now. Raises ConfigError."""
+        for name, least in (("max_turns", 1), ("max_tool_response", 4), ("max_length", 1)):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value >= least or name == "max_length" and value is None):
+                raise ConfigError(f"{name}={value!r}: give a whole number, {least} or more")
+        if not self.tool_timeout_s > 0:
+            raise ConfigError(f"tool_timeout_s={self.tool_timeout_s!r}: give seconds, more than 0")
+        temperature, max_new_tokens, eos_token_ids = read_generation_kwargs(self.generation_kwargs or {})
+        self._codec.eos_token_ids = self._eos_token_ids.union(eos_token_ids)
+        config = self._policy.config.get_text_config()
+        limits = Limits(
+            max_turns=self.max_turns,
+            max_turn_tokens=max_new_tokens,
+            max_observation_tokens=4 * self.max_tool_response + 4,  # a character is at most four bytes, each a token at worst
+            max_context_tokens=self.max_length or getattr(config, "max_position_embeddings", None) or NO_LIMIT,
+            tool_deadline_s=self.tool_timeout_s,
+            turn_deadline_s=DEADLINE_S,
+            episode_deadline_s=DEADLINE_S,
+        )
+        return limits, temperature
+
+    def _score(self, histories: list[TextHistory], reward_kwargs: dict[str, Any]) -> None:
+        if "histories" in inspect.signature(self.reward_fn).parameters and "histories" not in reward_kwargs:
+            reward_kwargs = {**reward_kwargs, "histories": histories}
+        rewards = list(self.reward_fn([history.trajectory.final_text for history in histories], **reward_kwargs))
+        if len(rewards) != len(histories):
+            raise ConfigError(
+                f"reward_fn returned {len(rewards)} rewards for {len(histories)} responses; return one for each, in their order"
+            )
+        for history, reward in zip(histories, rewards, strict=True):
+            history.reward = torch.as_tensor(reward, dtype=torch.float32).detach().reshape(())
+            history.trajectory.reward = float(history.reward)
+
+    def close(self) -> None:
+        """Ends what the tools hold. Optional: what is left ends with the process."""
+        _wait_for(self._runner, self._tools.close())
+        self._runner.close()
+
+
+def read_generation_kwargs(kwargs: Mapping[str, Any]) -> tuple[float, int, list[int]]:
+    """(temperature, 0 for greedy; max_new_tokens; more ids that end a turn). Raises ConfigError for what is not supported."""
+    for name, value in kwargs.items():
+        if name in NEUTRAL and value not in NEUTRAL[name]:
+            remedy = f"set it to {NEUTRAL[name][0]} or leave it out"
+            raise ConfigError(
+                f"generation_kwargs[{name!r}]={value!r} changes the distribution, and importance ratios would be wrong; {remedy}"
+            )
+        if name not in (*NEUTRAL, *READ, *OF_NO_EFFECT):
+            raise ConfigError(f"generation_kwargs has {name!r}, which is not supported; supported: {', '.join(READ)}")
+    temperature = kwargs.get("temperature")
+    if not kwargs.get("do_sample", temperature is not None):
+        temperature = 0.0
+    elif not 0 < (temperature := 1.0 if temperature is None else temperature) < math.inf:
+        raise ConfigError(f"generation_kwargs['temperature']={temperature!r}: give a number above 0, or do_sample=False")
+    max_new_tokens = kwargs.get("max_new_tokens", MAX_NEW_TOKENS)
+    if not (isinstance(max_new_tokens, int) and max_new_tokens >= 1):
+        raise ConfigError(f"generation_kwargs['max_new_tokens']={max_new_tokens!r}: give a whole number, 1 or more")
+    return float(temperature), max_new_tokens, [i for i in _as_list(kwargs.get("eos_token_id")) if i >= 0]  # TRL's scripts say -1 for none
+
+
+class _Codec(HFCodec):
+    """Special tokens that stand in prompt or task mean themselves, as in TRL, so that chat templates work; in a tool's output they are
+    plain characters, as everywhere in this project."""
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return self._prefix + self._encoders[False](text.encode("utf-8", "replace").decode("utf-8"))
+
+
+def _as_list(eos_token_id: int | list[int] | None) -> list[int]:
+    return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
+
+
+def _wait_for(runner: asyncio.Runner, coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """What the coroutine returns. Where this thread runs an event loop already, the runner's works in a thread of its own meanwhile."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return runner.run(coroutine)
+    task: list[asyncio.Task[Any]] = []
+    outcome: list[Any] = []
+
+    async def main() -> Any:
+        task.append(asyncio.current_task())
+        return await coroutine
+
+    def work() -> None:
+        try:
+            outcome.extend((runner.run(main()), None))
+        except BaseException as error:
+            outcome.extend((None, error))
+
+    thread = threading.Thread(target=work, name="text-environment")
+    thread.start()
+    try:
+        thread.join()
+    except BaseException:  # a notebook's interrupt
+        if task:
+            runner.get_loop().call_soon_threadsafe(task[0].cancel)
+        thread.join()
+        raise
+    result, error = outcome
+    if error is not None:
+        raise error
+    return result
