@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import signal
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn
 
-from toolrl_ray import tools_cli
+from toolrl_ray import eval_cli, sweep_cli, tools_cli
 from toolrl_ray.errors import ToolRLError, UserError
 
 EXIT_ERROR, EXIT_USER, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
@@ -101,21 +98,20 @@ def _parser() -> argparse.ArgumentParser:
 
     train = command("train", _train, "Train a policy by a recipe.")
     train.add_argument("--in-process", action="store_true", help="no Ray, one process: for debugging")
-    evaluate = command("eval", _eval, "Evaluate a policy on a recipe's held-out tasks.")
-    evaluate.add_argument("--policy", metavar="DIR_OR_HUB_NAME", help="default: the recipe's own policy")
-    evaluate.add_argument("--json", metavar="FILE", help="write the result there too")
-    evaluate.add_argument("--in-process", action="store_true", help="no Ray, one process")
+    eval_cli.add_command(command)
     command("bootstrap", _bootstrap, "Make and warm-start the tiny policy of a recipe; prints its folder.")
     submit = command("submit", _submit, "Submit `toolrl train` as a Ray job.")
     submit.add_argument("--address", help="of the Ray dashboard, default: RAY_ADDRESS or http://127.0.0.1:8265")
     submit.add_argument("--no-wait", action="store_true", help="do not follow the job's output")
     tools_cli.add_commands(partial(command, recipe=False), group)
+    sweep_cli.add_commands(partial(command, recipe=False), say)
     doctor = command("doctor", _doctor, "Show what this machine can run, and how to close each gap.", recipe=False)
     doctor.set_defaults(recipe=None)
     return parser
 
 
-def _load(options: argparse.Namespace) -> Any:
+def load(options: argparse.Namespace) -> Any:
+    """The configuration of the recipe and overrides of the command line."""
     from toolrl_ray import recipe
 
     return recipe.load(options.recipe, options.overrides)
@@ -133,11 +129,12 @@ def _policy_dir(config: Any) -> str:
     return str(ensure_tiny_policy(config, say))
 
 
-def _with_parts(config: Any, options: argparse.Namespace, learner: bool, use: Any) -> Any:
+def with_parts(config: Any, options: argparse.Namespace, learner: bool, use: Any) -> Any:
     """Run `use(parts, policy_dir)` on Ray or in this process, and take everything down afterwards, whatever happens."""
-    from toolrl_ray import preflight
+    from toolrl_ray import generated_index, preflight
 
     preflight.check(config, in_process=options.in_process, learner=learner)
+    config = generated_index.resolved(config, say)
     if options.in_process:
         from toolrl_ray.in_process import in_process_parts
 
@@ -162,7 +159,7 @@ def _with_parts(config: Any, options: argparse.Namespace, learner: bool, use: An
 
 
 def _train(options: argparse.Namespace) -> int:
-    config = _load(options)
+    config = load(options)
     from toolrl_ray import run_dir as run_dirs
 
     run_dir = run_dirs.claim(config)
@@ -177,7 +174,7 @@ def _train(options: argparse.Namespace) -> int:
 
     try:
         try:
-            summary = _with_parts(config, options, True, use)
+            summary = with_parts(config, options, True, use)
         finally:
             for run in runs:
                 run.close_tracker()  # after the parts: it may wait for a network
@@ -190,35 +187,8 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
-def _eval(options: argparse.Namespace) -> int:
-    if options.policy:
-        options.overrides.append(f"policy.path={json.dumps(options.policy)}")
-    config = _load(options)
-    if options.json and not Path(options.json).absolute().parent.is_dir():
-        raise UserError(f"--json={options.json!r}: no folder {str(Path(options.json).absolute().parent)!r}; make it first")
-    if options.json and Path(options.json).is_dir():
-        raise UserError(f"--json={options.json!r} is a folder; name a file in it")
-
-    def use(parts: Any, policy_dir: str) -> dict[str, float]:
-        from toolrl_ray.driver import evaluate
-        from toolrl_ray.tasks.module import load_tasks
-
-        return evaluate(config, parts, load_tasks(config.task)[1], "eval")[0]
-
-    result = _with_parts(config, options, False, use)
-    width = max(map(len, result))
-    for key, value in result.items():
-        print(f"{key:<{width}}  {value:,.4g}")
-    if options.json:
-        record = {"recipe": config.recipe, "policy": config.policy.path, "seed": config.seed, **result}
-        aside = Path(f"{options.json}.writing")
-        aside.write_text(json.dumps(record, indent=1) + "\n")
-        os.replace(aside, options.json)
-    return 0
-
-
 def _bootstrap(options: argparse.Namespace) -> int:
-    config = _load(options)
+    config = load(options)
     if config.policy.path != "tiny":
         raise UserError(f"policy.path={config.policy.path!r} needs no bootstrap; only policy.path=tiny is made here")
     print(_policy_dir(config))
@@ -226,7 +196,7 @@ def _bootstrap(options: argparse.Namespace) -> int:
 
 
 def _submit(options: argparse.Namespace) -> int:
-    _load(options)  # a wrong recipe or key fails here, not on the cluster
+    load(options)  # a wrong recipe or key fails here, not on the cluster
     from toolrl_ray.submit import submit
 
     return submit(options.address, [options.recipe, *options.overrides], wait=not options.no_wait, say=say)

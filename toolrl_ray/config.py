@@ -23,12 +23,23 @@ def _absolute(spec: str | None) -> str | None:
     return str(Path(os.path.expanduser(spec)).absolute())
 
 
+class LoraConfig(Section):
+    """Adapters that are trained in place of the weights, each alpha / rank * B A, without dropout. target_modules: names of modules or
+    their ends, such as q_proj; "all-linear" is every linear layer but the output embedding."""
+
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+    target_modules: str | list[str] = Field("all-linear", min_length=1)
+
+
 class PolicyConfig(Section):
-    """Where the policy comes from: `path` (a folder or a Hub name), or "tiny", made and warm-started on this machine."""
+    """Where the policy comes from: `path` (a folder or a Hub name), or "tiny", made and warm-started on this machine. lora: null trains
+    all of it."""
 
     path: str = Field("tiny", min_length=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
     separate_critic: bool = False
+    lora: LoraConfig | None = None
 
     @field_validator("path")
     @classmethod
@@ -53,10 +64,9 @@ class BootstrapConfig(Section):
     seed: int = 0
 
 
-class TaskConfig(Section):
-    """Which problems. `generated` makes `What is a op b?`; `gsm8k` takes the expressions annotated in GSM8K from `path`
-    (a JSON-lines file with `expr`, `result`, `split`), or from the Hub's openai/gsm8k when no path is given.
-    `module` names the task itself: an importable module or a .py file, see tasks/module.py."""
+class TaskSource(Section):
+    """Which problems. `module` names the task itself: an importable module or a .py file, see tasks/module.py. `generated` ones are made
+    from the seed; those of `gsm8k` and `triviaqa` come from `path`, local data in the form that the module tells, or else from the Hub."""
 
     module: str = "toolrl_ray.tasks.calculator"
     source: Literal["generated", "gsm8k", "triviaqa"] = "generated"
@@ -64,6 +74,7 @@ class TaskConfig(Section):
     num_train: int = Field(4096, ge=1)
     num_heldout: int = Field(500, ge=1)
     few_shot: int = Field(0, ge=0, le=4)
+    reward: str = Field("reward", min_length=1)  # the function of the module that scores an episode
     seed: int = 0
 
     @field_validator("module", "path")
@@ -72,9 +83,32 @@ class TaskConfig(Section):
         return _absolute(value)
 
     @model_validator(mode="after")
-    def _path_only_for_files(self) -> TaskConfig:
+    def _path_only_for_files(self) -> TaskSource:
         if self.path is not None and self.source == "generated" and self.module == "toolrl_ray.tasks.calculator":
             raise ValueError(f"task.path={self.path!r} contradicts task.source='generated', which reads no file; set task.source=gsm8k")
+        return self
+
+
+class TaskPart(TaskSource):
+    """One task of several. weight: its share of the tasks, training and held-out alike, beside the weights of the others."""
+
+    weight: float = Field(1.0, gt=0)
+
+
+class TaskConfig(TaskSource):
+    """One task, or several in one run (`parts`, by name), of which num_train and num_heldout are then the sums; see tasks/mixed.py."""
+
+    parts: dict[str, TaskPart] = {}
+
+    @model_validator(mode="after")
+    def _parts_or_one(self) -> TaskConfig:
+        for key in ("module", "source", "path", "few_shot", "reward"):
+            if self.parts and (value := getattr(self, key)) != TaskSource.model_fields[key].default:
+                raise ValueError(f"task.{key}={value!r} contradicts task.parts: set it in a part, or take one of them away")
+        for name, part in self.parts.items():
+            for key in ("num_train", "num_heldout"):
+                if (value := getattr(part, key)) != TaskSource.model_fields[key].default:
+                    raise ValueError(f"task.parts.{name}.{key}={value} contradicts task.{key}: a part has its share by its weight")
         return self
 
 
@@ -97,18 +131,27 @@ class ToolsConfig(ToolSet):
         return PoolConfig(**shared | own)
 
     @model_validator(mode="after")
-    def _shared_service(self) -> ToolsConfig:
-        for key in ("custom", "options", "pools"):
-            if self.app is not None and (value := getattr(self, key)):
-                remedy = f"the running service has its own; take tools.{key} away or set tools.app=null"
+    def _keys_that_count(self) -> ToolsConfig:
+        for key in ("custom", "options", "pools", "num_replicas", "num_cpus", "max_in_flight", "start_timeout_s"):
+            default = type(self).model_fields[key].default
+            if self.app is not None and getattr(self, key) != default:
+                value = self.model_dump(exclude_unset=True)[key]
+                remedy = f"the running service has its own; set tools.{key}={default} or tools.app=null"
                 raise ValueError(f"tools.app={self.app!r} contradicts tools.{key}={value}: {remedy}")
+        if unused := [name for name in self.custom if name not in self.names]:
+            raise ValueError(f"tools.custom.{unused[0]} contradicts tools.names={self.names}: add it there or take it away")
         return self
 
 
 class EpisodeConfig(Section):
+    """call_format: how the policy writes calls. `text`: the markers `<request><Tool>...<call>` and `<submit>`. `hermes`: JSON in
+    `<tool_call>`, for chat models; tools, task and results go through the model's chat template, and a turn without a call submits."""
+
+    call_format: Literal["text", "hermes"] = "text"
+    system: str | None = Field(None, min_length=1)  # the system message of a chat; null leaves it to the model's template
     max_turns: int = Field(4, ge=1)  # completions per episode
     max_turn_tokens: int = Field(64, ge=1)
-    max_observation_tokens: int = Field(32, ge=1)  # of a tool's output, without the closing marker
+    max_observation_tokens: int = Field(32, ge=1)  # of a tool's output, without the markers around it
     max_context_tokens: int = Field(256, ge=8)  # prompt and everything after it
     tool_deadline_s: float = Field(10, gt=0)
     turn_deadline_s: float = Field(120, gt=0)
@@ -207,15 +250,19 @@ class TrainConfig(Section):
 
 
 class EvalConfig(Section):
+    """Every task once, greedily; and `num_samples` times at `temperature`, for pass@k."""
+
     num_tasks: int = Field(500, ge=1)
-    temperature: float = Field(0.0, ge=0)
-    every_steps: int = Field(0, ge=0)  # 0: only before and after
-    max_in_flight: int = Field(128, ge=1)
+    num_samples: int | None = Field(None, ge=0)  # per task; null: 4 in `toolrl eval`, none in the evaluations of a training run
+    temperature: float = Field(1.0, gt=0)  # of those samples
+    every_steps: int = Field(0, ge=0)  # so often, the tasks ride along with the next step's collection; 0: only before and after
+    max_in_flight: int = Field(128, ge=1)  # episodes per actor, of an evaluation on its own
 
 
 class TrackingConfig(Section):
     wandb: Literal["auto", "offline", "online", "off"] = "auto"
     wandb_project: str = "toolrl"
+    wandb_tags: list[str] = []  # a study adds the name of its folder
     num_transcripts: int = Field(8, ge=0)  # per step, in the W&B table
 
     @field_validator("wandb", mode="before")

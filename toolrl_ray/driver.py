@@ -7,7 +7,8 @@
                   +------------------- weights.sync <--------------------+ policy_version n+1
 ```
 
-Synchronous: one collection, one update, one weight sync, again. Who waits for whom:
+Synchronous: one collection, one update, one weight sync, again. An evaluation after step s (`eval.every_steps`) takes no turn of its
+own: its episodes ride along with the collection of step s+1, which the same policy version samples. Who waits for whom:
 
 | waits | for | unblocked by |
 |---|---|---|
@@ -33,7 +34,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from toolrl_ray.config import RunConfig
-from toolrl_ray.evaluation import eval_result, rollout_metrics
+from toolrl_ray.evaluation import eval_requests, eval_result, rollout_metrics, speed
 from toolrl_ray.recipe import dump
 from toolrl_ray.tasks.module import load_tasks
 from toolrl_ray.tasks.stream import TaskStream
@@ -76,12 +77,15 @@ class Parts:
     close: Callable[[], None]
 
 
-def evaluate(config: RunConfig, parts: Parts, tasks: list[Task], label: str) -> tuple[dict[str, float], list[Trajectory]]:
-    """Run the first eval.num_tasks held-out tasks once each, at eval.temperature."""
-    requests = [EpisodeRequest(f"eval-{label}:{task.id}", task.id, task) for task in tasks[: config.eval.num_tasks]]
+def evaluate(
+    config: RunConfig, parts: Parts, tasks: list[Task], label: str, *, num_samples: int, without_tools: bool = False
+) -> tuple[dict[str, float], list[Trajectory]]:
+    """An evaluation on its own: all its episodes (`evaluation.eval_requests`) in one collection. Its numbers, and the episodes."""
+    requests = eval_requests(config.eval, tasks, label, num_samples=num_samples, without_tools=without_tools)
     started = time.monotonic()
     trajectories = parts.rollout.collect(requests, temperature=config.eval.temperature, max_in_flight=config.eval.max_in_flight)
-    return eval_result(trajectories, time.monotonic() - started), trajectories
+    duration_s = time.monotonic() - started
+    return eval_result(trajectories) | speed(trajectories, duration_s), trajectories
 
 
 def requests_for(step: int, tasks: list[Task], group_size: int) -> list[EpisodeRequest]:
@@ -118,17 +122,15 @@ class Run:
         self._tracker = tracker = WandbTracker(config, self._dir, {"isolation": isolation})
         self._say(tracker.note)
         with closing(TrajectoryWriter(self._dir)) as trajectories, closing(MetricsWriter(self._dir)) as metrics:
-            self._evaluate(parts, heldout, "before", 0, tracker)
+            self._evaluate(parts, heldout, "before", 0)
             for step in range(1, config.train.num_steps + 1):
                 batch = stream.next_batch(config.train.tasks_per_step)
-                collected, numbers = self._step(parts, step, batch)
+                collected, numbers = self._step(parts, step, batch, self._due(step - 1, heldout))
                 trajectories.write(step, collected)
                 metrics.write(step, numbers)
                 tracker.log(step, numbers, collected)
-                if config.eval.every_steps and step % config.eval.every_steps == 0 and step < config.train.num_steps:
-                    self._evaluate(parts, heldout, f"step-{step}", step, tracker)
             parts.learner.save_policy(str(self._dir / "policy"), self._policy_dir)  # an evaluation that fails costs no training
-            self._evaluate(parts, heldout, "after", config.train.num_steps, tracker)
+            self._evaluate(parts, heldout, "after", config.train.num_steps)
         return self._summary(time.monotonic() - started)
 
     def close_tracker(self) -> None:
@@ -136,13 +138,30 @@ class Run:
         if self._tracker:
             self._tracker.finish({f"eval/{label}/{key}": value for label, result in self._evals.items() for key, value in result.items()})
 
-    def _step(self, parts: Parts, step: int, tasks: list[Task]) -> tuple[list[Trajectory], dict[str, Any]]:
+    def _due(self, step: int, heldout: list[Task]) -> list[EpisodeRequest]:
+        """The episodes of the evaluation after this step; [] where none is scheduled."""
+        every, num_samples = self._config.eval.every_steps, self._config.eval.num_samples or 0
+        due = every and step > 0 and step % every == 0
+        return eval_requests(self._config.eval, heldout, f"step-{step}", num_samples=num_samples) if due else []
+
+    def _step(
+        self, parts: Parts, step: int, tasks: list[Task], evaluation: list[EpisodeRequest]
+    ) -> tuple[list[Trajectory], dict[str, Any]]:
+        """evaluation: episodes of the evaluation after the step before, which ride along.
+
+        The numbers are of training episodes alone, but for two: `time/rollout_s`, over which the rates are taken, is the time of both,
+        and what the tool clients count (`tools/NAME/*`, `tools/client/*`) holds the calls of both.
+        """
         config = self._config
         started = time.monotonic()
         requests = requests_for(step, tasks, config.train.group_size)
-        collected = parts.rollout.collect(requests, temperature=config.rollout.temperature)
+        finished = parts.rollout.collect([*requests, *evaluation], temperature=config.rollout.temperature)
         collect_s = time.monotonic() - started
+        collected, evaluated = finished[: len(requests)], finished[len(requests) :]
+        if evaluated:
+            self._record_evaluation(f"step-{step - 1}", step - 1, eval_result(evaluated), evaluated)
         numbers: dict[str, Any] = rollout_metrics(collected, collect_s)
+        numbers["rollout/eval_episodes"] = len(evaluated)
         numbers |= parts.learner.update(collected)
         numbers |= parts.weights.sync(step)
         stats = parts.rollout.tool_stats()
@@ -161,15 +180,23 @@ class Run:
         self._say(_step_line(step, config.train.num_steps, numbers))
         return collected, numbers
 
-    def _evaluate(self, parts: Parts, heldout: list[Task], label: str, step: int, tracker: WandbTracker) -> None:
-        result, trajectories = evaluate(self._config, parts, heldout, label)
+    def _evaluate(self, parts: Parts, heldout: list[Task], label: str, step: int) -> None:
+        result, trajectories = evaluate(self._config, parts, heldout, label, num_samples=self._config.eval.num_samples or 0)
         self._tool_stats = parts.rollout.tool_stats()  # its calls are none of the next step's
+        self._record_evaluation(label, step, result, trajectories)
+
+    def _record_evaluation(self, label: str, step: int, result: dict[str, float], trajectories: list[Trajectory]) -> None:
+        """In eval.json, the transcripts' file and W&B, as of `step`."""
         self._evals[label] = {"step": step, **result}
         (self._dir / "eval.json").write_text(json.dumps(self._evals, indent=1) + "\n")
         with closing(TrajectoryWriter(self._dir / "eval" / label)) as writer:
             writer.write(step, trajectories)
-        tracker.log(step, {f"eval/{key}": value for key, value in result.items()})
-        self._say(f"eval {label}: accuracy {result['accuracy']:.3f}, tool use {result['tool_use_rate']:.3f} on {len(trajectories)} tasks")
+        assert self._tracker is not None
+        self._tracker.log(step, {f"eval/{key}": value for key, value in result.items()})
+        self._say(
+            f"eval {label}: accuracy {result['accuracy']:.3f} ({result['accuracy_low']:.3f} to {result['accuracy_high']:.3f}), "
+            f"tool use {result['tool_use_rate']:.3f} on {result['num_tasks']} tasks"
+        )
 
     def _summary(self, seconds: float) -> dict[str, Any]:
         def pair(result: dict[str, float]) -> dict[str, float]:

@@ -65,6 +65,18 @@ def test_a_tool_of_ones_own(tmp_path):
     assert tool_factories(tools)["Weekday"]()("2026-01-31") == "Saturday"
 
 
+def test_a_script_from_trl(tmp_path, monkeypatch, capsys):
+    policy = ensure_tiny_policy(load("calculator", SMALL), print)
+    script = (tmp_path / "from_trl.py").read_text()
+    assert script.count("range(20)") == 1
+    monkeypatch.setattr("sys.argv", ["from_trl.py", str(policy)])
+    capsys.readouterr()
+    exec(compile(script.replace("range(20)", "range(1)"), "from_trl.py", "exec"), {"__name__": "__main__"})
+    rewards, shown = capsys.readouterr().out.split("\n", 1)
+    assert 0.0 <= float(rewards) <= 1.0
+    assert "What is 1+11?" in shown
+
+
 @pytest.mark.java
 def test_a_recipe_with_search_over_an_index_of_ones_own(tmp_path):
     rows = ['{"id": "1", "title": "Mercury", "text": "Mercury is the planet nearest to the sun."}\n']

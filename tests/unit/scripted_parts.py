@@ -1,4 +1,4 @@
-"""Parts of a run that do what they are told and note the order in which they are called."""
+"""Parts of a run that do what they are told and note the order in which they are called. Every episode with tools is solved."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from toolrl_ray.types import EpisodeRequest, Segment, SegmentKind, StopReason, T
 
 
 class ScriptedParts:
-    """`calls` holds the order; a call whose name is in `raising` raises that error instead of returning."""
+    """`calls` holds the order, `collections` what was asked for; a call whose name is in `raising` raises that error instead."""
 
     backend = "scripted"
     num_restarts = 0
@@ -17,6 +17,7 @@ class ScriptedParts:
 
     def __init__(self, raising: dict[str, BaseException] | None = None):
         self.calls: list[str] = []
+        self.collections: list[list[EpisodeRequest]] = []
         self.raising = raising or {}
 
     def parts(self) -> Parts:
@@ -29,6 +30,7 @@ class ScriptedParts:
 
     def collect(self, requests: list[EpisodeRequest], *, temperature: float, max_in_flight: int | None = None) -> list[Trajectory]:
         self.note(f"collect {requests[0].episode_id.partition(':')[0]}")
+        self.collections.append(requests)
         return [trajectory(request) for request in requests]
 
     def tool_stats(self) -> dict[str, float]:
@@ -53,6 +55,5 @@ class ScriptedParts:
 
 def trajectory(request: EpisodeRequest) -> Trajectory:
     segments = [Segment(SegmentKind.PROMPT, 0, 1, "What is 1+1?"), Segment(SegmentKind.POLICY, 1, 3, "Result=2<submit>")]
-    return Trajectory(
-        request, [7, 8, 9], [False, True, True], [0.0, -0.5, -0.5], [-1, 0, 0], segments, [], StopReason.SUBMITTED, 1, 0.01, reward=1.0
-    )
+    columns: tuple = ([7, 8, 9], [False, True, True], [0.0, -0.5, -0.5], [-1, 0, 0])
+    return Trajectory(request, *columns, segments, [], StopReason.SUBMITTED, 1, 0.01, reward=float(request.with_tools))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from tests.unit.scripted_parts import ScriptedParts
 from toolrl_ray import cli, driver, recipe
 from toolrl_ray.errors import RolloutError
+from toolrl_ray.tracking.trajectories import load_trajectories
 
 SMALL = ["task.num_train=8", "task.num_heldout=4", "eval.num_tasks=4", "train.tasks_per_step=3", "train.num_steps=1", "tracking.wandb=off"]
 
@@ -24,6 +26,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "empty").mkdir()
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").write_text("")
+    (tmp_path / "evaluated").mkdir()
+    (tmp_path / "evaluated" / "trajectories.jsonl").write_text("")
     (tmp_path / "broken.py").write_text("x = 1\nimport nothing_of_this_name\n")
     (tmp_path / "bad.yaml").write_text("train: [1")
     functions = "def load_tasks(config): return [], []\ndef render_prompt(task, few_shot): return ''\ndef reward(trajectory): return 0.0\n"
@@ -72,6 +76,10 @@ def run(arguments: list[str]) -> int:
         ("eval calculator --policy empty --in-process", ["empty'", "no config.json"]),
         ("eval calculator --json none/result.json", ["'none/result.json'", "/none'", "make it first"]),
         ("eval calculator --json empty", ["'empty'", "is a folder"]),
+        ("eval calculator --transcripts none/here", ["'none/here'", "/none'", "make it first"]),
+        ("eval calculator --transcripts used/file", ["'used/file'", "is a file"]),
+        ("eval calculator --transcripts evaluated", ["'evaluated'", "trajectories.jsonl already", "another folder"]),
+        ("eval calculator eval.temperature=0", ["eval.temperature=0", "greater than 0"]),
         ("bootstrap calculator policy.path=org/name", ["policy.path='org/name'", "policy.path=tiny"]),
         ("submit calculator train.num_steps=x", ["train.num_steps='x'"]),
     ],
@@ -149,8 +157,35 @@ def test_a_run_that_ends_early_closes_in_the_same_order_and_keeps_its_folder_if_
     assert run(arguments) == (2 if stays else 0)  # the same command again
 
 
-def test_an_evaluation_prints_and_writes_its_result(scripted: ScriptedParts, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["eval", "calculator", "--in-process", "--json", "empty/result.json", *SMALL]) == 0
+EVAL = ["eval", "calculator", "--in-process", *SMALL]
+
+
+def test_an_evaluation_is_one_collection_that_is_printed_and_written_for_machines(
+    scripted: ScriptedParts, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*EVAL, "--json", "empty/result.json"]) == 0
     assert scripted.calls == ["collect eval-eval", "close"]
-    assert '"accuracy": 1.0' in (folder / "empty" / "result.json").read_text()
-    assert "accuracy" in capsys.readouterr().out
+    result = json.loads((folder / "empty" / "result.json").read_text())
+    assert {"recipe", "policy", "seed", "num_tasks", "tool_use_rate", "tool_error_rate", "turns_mean", "tokens_per_s"} <= set(result)
+    names = ("accuracy", "sampled/num_samples", "sampled/temperature", "sampled/pass@4", "without_tools/accuracy", "tool_gain")
+    assert [result[name] for name in names] == [1.0, 4, 1.0, 1.0, 0.0, 1.0]
+    out = capsys.readouterr().out
+    assert "gained by the tools  +1.000 [+1.000, +1.000]" in out and "pass@4" in out
+
+
+def test_an_evaluation_leaves_out_what_is_not_wanted(scripted: ScriptedParts, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*EVAL, "--no-baseline", "eval.num_samples=0", "--json", "empty/result.json"]) == 0
+    assert len(scripted.collections[0]) == 4  # each task once
+    assert not [name for name in json.loads((folder / "empty" / "result.json").read_text()) if "/" in name or name.startswith("tool_gain")]
+    out = capsys.readouterr().out
+    assert "accuracy" in out and not [word for word in ("sampled, ", "pass@", "without", "gained") if word in out]
+
+
+def test_an_evaluation_saves_its_episodes_once(scripted: ScriptedParts, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*EVAL, "eval.num_samples=1", "eval.temperature=0.5", "--transcripts", "episodes"]
+    assert run(arguments) == 0
+    saved = [t.request for _, t in load_trajectories(folder / "episodes" / "trajectories.jsonl")]
+    assert saved == scripted.collections[0]
+    assert {(r.temperature, r.with_tools) for r in saved} == {(0.0, True), (0.5, True), (0.0, False)}
+    assert run(arguments) == 2
+    assert "'episodes' has a trajectories.jsonl already" in capsys.readouterr().err

@@ -54,11 +54,55 @@ def test_an_error_in_a_step_leaves_the_steps_before_it_whole(tmp_path: Path) -> 
     assert not (tmp_path / "run" / "policy").exists()
 
 
-def test_evaluations_come_between_steps_where_asked_for_and_not_twice_at_the_end(tmp_path: Path) -> None:
+def test_a_scheduled_evaluation_rides_along_with_the_next_collection_and_is_of_the_step_before(tmp_path: Path) -> None:
     scripted = ScriptedParts()
     start(tmp_path, "eval.every_steps=1").train(scripted.parts())
-    evaluations = [call for call in scripted.calls if call.startswith("collect eval")]
-    assert evaluations == ["collect eval-before", "collect eval-step-1", "collect eval-after"]
+    assert scripted.calls == [*TRAINED, "collect eval-after"]  # no collection of its own, and none at the last step
+    _, first, second, _ = scripted.collections
+    assert [request.temperature for request in first] == [None] * 3
+    assert [request.temperature for request in second] == [None] * 3 + [0.0] * 4
+    assert {request.episode_id.partition(":")[0] for request in second[3:]} == {"eval-step-1"}
+    evals = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert [(label, result["step"]) for label, result in evals.items()] == [("before", 0), ("step-1", 1), ("after", 2)]
+    assert [step for step, _ in load_trajectories(tmp_path / "run" / "eval" / "step-1" / "trajectories.jsonl")] == [1] * 4
+
+
+def test_training_sees_the_same_episodes_and_counts_none_but_these_with_evaluations_along(tmp_path: Path) -> None:
+    runs = {}
+    for every_steps in (0, 1):
+        run_dir = tmp_path / str(every_steps) / "run"
+        start(run_dir.parent, f"eval.every_steps={every_steps}").train(ScriptedParts().parts())
+        trained = [t.request for _, t in load_trajectories(run_dir / "trajectories.jsonl")]
+        names = ("rollout/episodes", "rollout/sampled_tokens", "tokens/trained", "rollout/eval_episodes")
+        runs[every_steps] = trained, [[m[name] for name in names] for m in load_metrics(run_dir / "metrics.jsonl")]
+    assert runs[1][0] == runs[0][0]
+    assert runs[0][1] == [[3, 6, 6, 0], [3, 6, 6, 0]]
+    assert runs[1][1] == [[3, 6, 6, 0], [3, 6, 6, 4]]
+
+
+def test_an_evaluation_that_rode_along_is_kept_when_the_update_after_it_fails(tmp_path: Path) -> None:
+    scripted = ScriptedParts({"sync 2": RolloutError("x")})
+    with pytest.raises(RolloutError):
+        start(tmp_path, "eval.every_steps=1").train(scripted.parts())
+    assert set(json.loads((tmp_path / "run" / "eval.json").read_text())) == {"before", "step-1"}
+
+
+def test_the_tracker_gets_an_evaluation_under_its_step_before_the_next_steps_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged = []
+    monkeypatch.setattr(
+        driver.WandbTracker, "log", lambda tracker, step, metrics, rows=(): logged.append((step, "eval/accuracy" in metrics))
+    )
+    start(tmp_path, "eval.every_steps=1").train(ScriptedParts().parts())
+    assert logged == [(0, True), (1, False), (1, True), (2, False), (2, True)]
+
+
+def test_the_evaluations_of_a_run_sample_only_when_asked_to(tmp_path: Path) -> None:
+    scripted = ScriptedParts()
+    start(tmp_path, "eval.num_samples=2", "eval.temperature=0.5").train(scripted.parts())
+    assert [request.temperature for request in scripted.collections[0]] == [0.0, 0.5, 0.5] * 4
+    assert json.loads((tmp_path / "run" / "eval.json").read_text())["before"]["sampled/pass@2"] == 1.0
 
 
 def test_a_steps_tool_calls_are_those_of_the_step_and_not_of_an_evaluation_before_it(tmp_path: Path) -> None:

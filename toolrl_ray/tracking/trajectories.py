@@ -37,6 +37,8 @@ def to_record(step: int, trajectory: Trajectory) -> dict[str, Any]:
         "episode_id": request.episode_id,
         "group_id": request.group_id,
         "task": asdict(request.task),
+        "temperature": request.temperature,
+        "with_tools": request.with_tools,
         "reward": trajectory.reward,
         "stop_reason": trajectory.stop_reason,
         "num_turns": trajectory.num_turns,
@@ -53,7 +55,7 @@ def to_record(step: int, trajectory: Trajectory) -> dict[str, Any]:
 
 def from_record(record: dict[str, Any]) -> Trajectory:
     return Trajectory(
-        request=EpisodeRequest(record["episode_id"], record["group_id"], Task(**record["task"])),
+        request=_request(record),
         token_ids=record["token_ids"],
         loss_mask=[bool(trained) for trained in record["loss_mask"]],
         rollout_logprobs=[float(logprob) for logprob in record["rollout_logprobs"]],
@@ -66,6 +68,13 @@ def from_record(record: dict[str, Any]) -> Trajectory:
         reward=record["reward"],
         info=record["info"],
     )
+
+
+def _request(record: dict[str, Any]) -> EpisodeRequest:
+    """Files of earlier versions lack temperature and with_tools."""
+    task = Task(**{**record["task"], "aliases": tuple(record["task"].get("aliases", ()))})
+    own = {key: record[key] for key in ("temperature", "with_tools") if key in record}
+    return EpisodeRequest(record["episode_id"], record["group_id"], task, **own)
 
 
 def load_trajectories(path: Path) -> list[tuple[int, Trajectory]]:

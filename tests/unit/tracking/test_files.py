@@ -86,6 +86,15 @@ def test_trajectories_come_back_as_they_were(tmp_path: Path) -> None:
     assert load_trajectories(tmp_path / "trajectories.jsonl") == [(0, first), (0, second), (1, first)]
 
 
+def test_what_an_evaluation_asked_for_comes_back_and_files_from_before_that_was_written_are_read() -> None:
+    task = Task("t", "q", "a", "trivia", aliases=("b", "c"))
+    written = trajectory(request=EpisodeRequest("eval-x:t", "t", task, temperature=0.0, with_tools=False))
+    record = json.loads(json.dumps(to_record(0, written)))
+    assert from_record(record) == written
+    del record["temperature"], record["with_tools"], record["task"]["aliases"]
+    assert from_record(record).request == EpisodeRequest("eval-x:t", "t", Task("t", "q", "a", "trivia"))
+
+
 def test_a_record_is_plain_json_that_holds_every_column_in_full_length() -> None:
     record = json.loads(json.dumps(to_record(7, trajectory())))
     assert record["step"] == 7

@@ -1,0 +1,49 @@
+"""What an EpisodeRequest asks for: its own temperature, and no tools."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from tests.unit.episode.script import REQUEST, FakeTool, Script, said
+from tests.unit.episode.vocabularies import codec
+from toolrl_ray import recipe
+from toolrl_ray.episode.call_format import TextMarkers
+from toolrl_ray.episode.shown import SHOWN
+from toolrl_ray.rollout.runner import EpisodeRunner
+from toolrl_ray.types import Trajectory
+from tools_service.protocol import ToolStatus
+
+TINY = codec("tiny")
+
+
+def run(tool: FakeTool, **asked) -> tuple[Trajectory, list[float]]:
+    """An episode that calls the tool and submits 10.1; the temperatures of its turns."""
+    script = Script(said(TINY, "<request><SimpleCalculatorTool>13.1-3<call>"), said(TINY, "Result=10.1<submit>"))
+    runner = EpisodeRunner(recipe.load("calculator"), script, tool, TINY, TextMarkers())
+    trajectory = asyncio.run(runner.run(replace(REQUEST, **asked), 0.75))
+    return trajectory, [params.temperature for params in script.params]
+
+
+@pytest.mark.parametrize(("own", "used"), [(None, 0.75), (0.0, 0.0), (0.5, 0.5)])
+def test_a_requests_own_temperature_goes_before_that_of_its_collection(own: float | None, used: float) -> None:
+    _, temperatures = run(FakeTool(), temperature=own)
+    assert temperatures == [used, used]
+
+
+def test_without_tools_no_call_is_executed_and_the_policy_is_shown_that_there_is_none() -> None:
+    tool = FakeTool()
+    trajectory, _ = run(tool, with_tools=False)
+    assert tool.calls == []
+    assert [call.status for call in trajectory.tool_calls] == [ToolStatus.UNAVAILABLE]
+    assert SHOWN[ToolStatus.UNAVAILABLE] in trajectory.segments[2].text
+    assert (trajectory.num_turns, trajectory.reward, trajectory.used_tool) == (2, 1.0, False)
+
+
+def test_with_tools_the_call_is_executed() -> None:
+    tool = FakeTool()
+    trajectory, _ = run(tool)
+    assert [call.argument for call in tool.calls] == ["13.1-3"]
+    assert trajectory.used_tool

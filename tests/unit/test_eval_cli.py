@@ -1,0 +1,57 @@
+"""The table of `toolrl eval`."""
+
+from __future__ import annotations
+
+from toolrl_ray.eval_cli import render
+
+MEASURED = {"reward_mean": 0.5, "truncated_rate": 0.0, "turns_mean": 2.0, "sampled_tokens_mean": 1234.5}
+TOOLS = {"tool_use_rate": 0.75, "tool_error_rate": 0.125}
+SPEED = {"episodes_per_s": 2.0, "tokens_per_s": 2469.0, "duration_s": 2.0}
+GREEDY = {"num_tasks": 4, "accuracy": 0.5, "accuracy_low": 0.25, "accuracy_high": 0.75, **TOOLS, **MEASURED}
+FULL = {
+    **GREEDY,
+    "sampled/num_samples": 2,
+    **{f"sampled/pass@{k}{end}": value for k in (1, 2) for end, value in (("", k / 4), ("_low", 0.0), ("_high", 1.0))},
+    **{f"sampled/{name}": value for name, value in (TOOLS | MEASURED).items()},
+    **{f"without_tools/{name}": value for name, value in MEASURED.items()},
+    **{"without_tools/accuracy": 0.0, "without_tools/accuracy_low": 0.0, "without_tools/accuracy_high": 0.5},
+    **{"tool_gain": 0.5, "tool_gain_low": -0.1, "tool_gain_high": 0.9},
+    **SPEED,
+}
+
+
+def test_the_table_has_a_line_per_measure_with_its_interval() -> None:
+    assert render(FULL).splitlines() == [
+        "                     greedy                   sampled, 2 of each    without tools",
+        "accuracy             0.500 [0.250, 0.750]                           0.000 [0.000, 0.500]",
+        "pass@1                                        0.250 [0.000, 1.000]",
+        "pass@2                                        0.500 [0.000, 1.000]",
+        "gained by the tools  +0.500 [-0.100, +0.900]",
+        "reward               0.500                    0.500                 0.500",
+        "tool-use rate        0.750                    0.750",
+        "tool error rate      0.125                    0.125",
+        "truncated            0.000                    0.000                 0.000",
+        "turns                2.00                     2.00                  2.00",
+        "sampled tokens       1,234.5                  1,234.5               1,234.5",
+        "4 tasks, each interval at 95 %",
+        "2.0 s: 2.0 episodes/s, 2,469 tokens/s",
+    ]
+
+
+def test_what_was_not_measured_is_not_in_the_table() -> None:
+    lines = render(GREEDY | SPEED).splitlines()
+    assert lines[0].split() == ["greedy"]
+    assert [line.split("  ")[0] for line in lines[1:-2]] == [
+        "accuracy", "reward", "tool-use rate", "tool error rate", "truncated", "turns", "sampled tokens",
+    ]  # fmt: skip
+
+
+def test_each_of_several_sources_has_lines_of_its_own() -> None:
+    sources = {f"{name}/{source}": value for source in ("gsm8k", "nq/open") for name, value in GREEDY.items()}
+    lines = render(GREEDY | sources | {"accuracy/nq/open": 0.625} | SPEED).splitlines()
+    assert [line for line in lines if ", " in line.split("  ")[0]][:4] == [
+        "accuracy, gsm8k         0.500 [0.250, 0.750]",
+        "tool-use rate, gsm8k    0.750",
+        "accuracy, nq/open       0.625 [0.250, 0.750]",
+        "tool-use rate, nq/open  0.750",
+    ]

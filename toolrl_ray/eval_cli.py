@@ -1,0 +1,129 @@
+"""`toolrl eval`: a policy on a recipe's held-out tasks, as a table for people and JSON for machines."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from toolrl_ray.errors import UserError
+
+DEFAULT_SAMPLES = 4  # per task, where eval.num_samples is null
+
+Numbers = Mapping[str, float]
+COLUMNS = {"": "greedy", "sampled/": "sampled", "without_tools/": "without tools"}  # by what the names in a result begin with
+MEASURES = {  # names in a result, without what they begin with -> words of the table, and the form of a number
+    "accuracy": ("accuracy", ".3f"),
+    "pass@": ("pass@", ".3f"),
+    "tool_gain": ("gained by the tools", "+.3f"),
+    "reward_mean": ("reward", ".3f"),
+    "tool_use_rate": ("tool-use rate", ".3f"),
+    "tool_error_rate": ("tool error rate", ".3f"),
+    "truncated_rate": ("truncated", ".3f"),
+    "turns_mean": ("turns", ".2f"),
+    "sampled_tokens_mean": ("sampled tokens", ",.1f"),
+}
+OF_A_SOURCE = ("accuracy", "tool_use_rate")  # the JSON has all of them
+
+
+def add_command(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """command(name, run, text) adds a subcommand that takes a recipe and overrides."""
+    evaluate = command("eval", evaluate_policy, "Evaluate a policy on a recipe's held-out tasks.")
+    evaluate.add_argument("--policy", metavar="DIR_OR_HUB_NAME", help="default: the recipe's own policy")
+    evaluate.add_argument("--json", metavar="FILE", help="write the result there too")
+    evaluate.add_argument("--transcripts", metavar="DIR", help="save every episode there, in trajectories.jsonl")
+    evaluate.add_argument("--no-baseline", action="store_true", help="leave out the episodes without tools")
+    evaluate.add_argument("--in-process", action="store_true", help="no Ray, one process")
+
+
+def evaluate_policy(options: argparse.Namespace) -> int:
+    from toolrl_ray.cli import load, with_parts
+
+    if options.policy:
+        options.overrides.append(f"policy.path={json.dumps(options.policy)}")
+    config = load(options)
+    num_samples = DEFAULT_SAMPLES if config.eval.num_samples is None else config.eval.num_samples
+    _check_outputs(options)
+
+    def use(parts: Any, policy_dir: str) -> Any:
+        from toolrl_ray.driver import evaluate
+        from toolrl_ray.tasks.module import load_tasks
+
+        heldout = load_tasks(config.task)[1]
+        return evaluate(config, parts, heldout, "eval", num_samples=num_samples, without_tools=not options.no_baseline)
+
+    result, trajectories = with_parts(config, options, False, use)
+    if options.transcripts:
+        from toolrl_ray.tracking.trajectories import TrajectoryWriter
+
+        with closing(TrajectoryWriter(Path(options.transcripts))) as writer:
+            writer.write(0, trajectories)
+    if options.json:
+        about = {"recipe": config.recipe, "policy": config.policy.path, "seed": config.seed}
+        if num_samples:
+            about["sampled/temperature"] = config.eval.temperature
+        aside = Path(f"{options.json}.writing")
+        aside.write_text(json.dumps(about | result, indent=1) + "\n")
+        os.replace(aside, options.json)
+    print(f"\n{render(result)}", flush=True)
+    return 0
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Before anything starts. Raises UserError."""
+    for option, path in (("--json", options.json), ("--transcripts", options.transcripts)):
+        if path and not Path(path).absolute().parent.is_dir():
+            raise UserError(f"{option}={path!r}: no folder {str(Path(path).absolute().parent)!r}; make it first")
+    if options.json and Path(options.json).is_dir():
+        raise UserError(f"--json={options.json!r} is a folder; name a file in it")
+    if options.transcripts:
+        folder = Path(options.transcripts)
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--transcripts={options.transcripts!r} is a file; name a folder")
+        if (folder / "trajectories.jsonl").exists():
+            raise UserError(f"--transcripts={options.transcripts!r} has a trajectories.jsonl already; name another folder")
+
+
+def render(result: Numbers) -> str:
+    """The table: a line per measure, numbers with their 95 % intervals, and lines of each source where there are several."""
+    columns = {start: title for start, title in COLUMNS.items() if f"{start}turns_mean" in result}
+    if samples := result.get("sampled/num_samples"):
+        columns["sampled/"] = f"sampled, {samples} of each"
+    rows = [["", *columns.values()]]
+    for name, (words, form) in _measures(result).items():
+        if any(cells := [_cell(result, start, name, form) for start in columns]):
+            rows.append([words, *cells])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(
+        [
+            *lines,
+            f"{result['num_tasks']} tasks, each interval at 95 %",
+            f"{result['duration_s']:,.1f} s: {result['episodes_per_s']:,.1f} episodes/s, {result['tokens_per_s']:,.0f} tokens/s",
+        ]
+    )
+
+
+def _measures(result: Numbers) -> dict[str, tuple[str, str]]:
+    """The lines' names in the result, with their words and forms, in order; those of each source at the end."""
+    ks = sorted(int(name.removeprefix("sampled/pass@")) for name in result if name.removeprefix("sampled/pass@").isdecimal())
+    lines = {}
+    for name, (words, form) in MEASURES.items():
+        for k in ks if name == "pass@" else [""]:
+            lines[f"{name}{k}"] = (f"{words}{k}", form)
+    for source in [name.removeprefix("accuracy/") for name in result if name.startswith("accuracy/")]:
+        for name in OF_A_SOURCE:
+            lines[f"{name}/{source}"] = (f"{MEASURES[name][0]}, {source}", MEASURES[name][1])
+    return lines
+
+
+def _cell(result: Numbers, start: str, name: str, form: str) -> str:
+    measure, slash, source = name.partition("/")
+    value, low, high = (result.get(f"{start}{measure}{end}{slash}{source}") for end in ("", "_low", "_high"))
+    if value is None:
+        return ""
+    return format(value, form) + (f" [{low:{form}}, {high:{form}}]" if low is not None else "")
