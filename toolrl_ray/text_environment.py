@@ -95,7 +95,6 @@ class TextEnvironment:
             raise ConfigError(f"reward_fn={reward_fn!r} cannot be called; give a function of the list of responses")
         self._tools = TextTools(tools, self.max_tool_response)
         self.tools = self._tools.named
-        self._num_runs = 0
         self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)  # leaves the thread's own loop alone
         try:
             _wait_for(self._runner, self._tools.start())
@@ -132,12 +131,11 @@ class TextEnvironment:
         engine = TransformersEngine(
             self._policy, self._codec.decode, self._codec.eos_token_ids, max_batch=MAX_BATCH, seed=seed, policy_version=0
         )
-        self._num_runs += 1
 
         async def one(i: int, query: str) -> Trajectory:
             task = Task(str(i), query, "", "text_environment")
             return await run_episode(
-                EpisodeRequest(f"{self._num_runs}:{i}:0", f"{self._num_runs}:{i}", task),
+                EpisodeRequest(f"{seed}:{i}:0", f"{seed}:{i}", task),
                 query,
                 generate=engine.generate,
                 call_tool=self._tools,

@@ -102,9 +102,10 @@ def amount(text: str) -> float | None:
         return None
     value = float(match["number"].replace(",", ""))
     if match["divisor"] is not None:
-        if int(match["divisor"]) == 0:
+        divisor = float(match["divisor"])  # int() refuses thousands of digits
+        if divisor == 0:
             return None
-        value /= int(match["divisor"])
+        value /= divisor
     return -value if match["sign"] in ("-", "−") else value
 
 
@@ -116,6 +117,8 @@ def load_tasks(config: TaskConfig) -> tuple[list[Task], list[Task]]:
     """
     if config.source == "triviaqa":
         raise ConfigError("task.source='triviaqa' is none of this task's; sources: generated, gsm8k")
+    if config.source == "generated" and config.path is not None:
+        raise ConfigError(f"task.path={config.path!r} contradicts task.source='generated', which reads no file; set task.source=gsm8k")
     return _generated(config) if config.source == "generated" else _published(config)
 
 

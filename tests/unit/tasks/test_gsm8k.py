@@ -52,6 +52,7 @@ def printed(program: str) -> str:
         ("8.", 8.0),
         ("−7", -7.0),
         ("1/0", None),
+        ("1/" + "9" * 5000, 0.0),
         ("", None),
         ("-", None),
         (".", None),
@@ -64,6 +65,11 @@ def printed(program: str) -> str:
 )
 def test_an_amount_is_read_as_people_write_it_and_two_numbers_are_none(text: str, value: float | None) -> None:
     assert amount(text) == value
+
+
+@given(st.one_of(st.text(), st.from_regex(r"-?[$]?[0-9,./]+ ?[a-z%]*")))
+def test_any_submitted_text_has_a_reward(text: str) -> None:
+    assert gsm8k.reward(finished("8", f"Result={text}<submit>")) in (0.0, 1.0)
 
 
 @given(st.integers(-(10**9), 10**9), st.sampled_from(["{}", "{:,}", "{} dollars", "{}%", "{}.00"]))
@@ -137,6 +143,11 @@ def test_a_wrong_row_is_named_by_file_and_line(tmp_path: Path, rows: list[dict],
     write_split(tmp_path, "train", rows)
     with pytest.raises(ConfigError, match=message):
         load_tasks(TaskConfig(source="gsm8k", path=str(tmp_path), num_heldout=1))
+
+
+def test_a_path_for_generated_problems_contradicts_them(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="contradicts task.source='generated', which reads no file; set task.source=gsm8k"):
+        load_tasks(CONFIG.model_copy(update={"path": str(tmp_path)}))
 
 
 def test_a_path_that_is_no_folder_is_one_line(tmp_path: Path) -> None:

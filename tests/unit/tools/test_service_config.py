@@ -80,7 +80,7 @@ def test_a_mistake_in_a_recipe_is_one_line_with_place_and_value(overrides, messa
 def test_files_are_named_absolutely_and_mcp_servers_as_they_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     custom = {"Mine": "tools/mine.py:Mine", "Files": "mcp:python server.py --root /data", "Other": "package.module:Other"}
-    resolved = ToolsConfig(custom=custom).custom
+    resolved = ToolsConfig(names=list(custom), custom=custom).custom
     assert resolved == custom | {"Mine": f"{tmp_path}/tools/mine.py:Mine"}
 
 
