@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import torch
 from learner_synthetic import random_trajectories, run_config
@@ -43,6 +44,41 @@ def case_config(name: str, zero_stage: int = 0):
 
 def run_case(learner: Learner, name: str) -> list[dict[str, float]]:
     return [learner.update(random_trajectories(rows, seed, group_size=3)) for seed, rows in enumerate(CASES[name][2])]
+
+
+LORA_STAGES = (0, 2, 3)
+
+
+def lora_config(zero_stage: int = 0):
+    learner = {"zero_stage": zero_stage, "lr": 1e-2, "max_microbatch_tokens": 60}
+    return run_config(policy={"lora": {"rank": 4}}, learner=learner, algo={"target_kl": 1.0})
+
+
+def run_lora(learner: Learner, folder: str) -> dict[str, Any]:
+    """Three updates, then a saved policy in `folder`; the reference's logprobs before and after them."""
+    ids = torch.tensor([[5, 4, 3, 2, 1]])
+    selected = ids, torch.zeros(4, dtype=torch.int64), torch.arange(4)
+    before = learner.reference(*selected)[0]
+    metrics = [learner.update(random_trajectories(rows, seed)) for seed, rows in enumerate((13, 7, 13))]
+    learner.save_policy(folder, learner.policy_dir)
+    return {
+        "weights": {key: tensor.cpu().clone() for key, tensor in learner.named_weights()},
+        "metadata": learner.weights_metadata(),
+        "metrics": metrics,
+        "logprobs": learner.logprobs(ids[0].tolist()),
+        "ref_logprobs": (before, learner.reference(*selected)[0]),
+    }
+
+
+def lora_main(rank: int, world_size: int, address: str, model: str, out: str) -> None:
+    """Every rank leaves {ZeRO stage: what run_lora gives} in `out`."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    results = {}
+    for stage in LORA_STAGES:
+        results[stage] = run_lora(Learner(lora_config(stage), model, rank, world_size, address), f"{out}/{stage}")
+    torch.save(results, f"{out}/rank{rank}.pt")
+    torch.distributed.destroy_process_group()
 
 
 def free_address() -> str:

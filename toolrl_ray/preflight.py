@@ -32,11 +32,13 @@ def check(config: RunConfig, *, in_process: bool, learner: bool) -> None:
 
 def check_packages(config: RunConfig, *, in_process: bool, learner: bool) -> None:
     """On a cluster that is up (RAY_ADDRESS), its nodes have the engines; only a local Ray needs them here."""
-    needed = ["torch", "transformers"] + ["peft"] * (learner and config.policy.lora is not None)
+    needed = ["torch", "transformers"]
     if not in_process:
         needed.append("ray")
         if not os.environ.get("RAY_ADDRESS"):
             needed += ["vllm"] * (config.rollout.engine == "vllm") + ["deepspeed"] * learner
+    if learner and config.policy.lora and (in_process or not os.environ.get("RAY_ADDRESS")):
+        needed.append("peft")
     for package in needed:
         if importlib.util.find_spec(package) is None:
             raise not_installed(package)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from learner_ranks import CASES, RUNS, case_config, free_address, rank_main, run_case
+from learner_ranks import CASES, LORA_STAGES, RUNS, case_config, free_address, lora_config, lora_main, rank_main, run_case, run_lora
 from learner_synthetic import NoiseWatch, save_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -99,3 +99,48 @@ def test_a_saved_policy_has_the_logits_of_the_trained_one(name, stage, ranks, mo
     assert torch.equal(loaded(ids).logits, trained(ids).logits)
     logprobs = loaded(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
     assert logprobs.tolist() == pytest.approx(results[0][name, stage]["logprobs"], abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def lora(models, tmp_path_factory):
+    """(folder, [results of each of two ranks], those of plain PyTorch)."""
+    out, model = tmp_path_factory.mktemp("lora"), str(models / "tied")
+    torch.multiprocessing.spawn(lora_main, (2, free_address(), model, str(out)), nprocs=2)
+    plain = run_lora(Learner(lora_config(), model, in_process=True), str(out / "plain"))
+    return out, [torch.load(out / f"rank{rank}.pt") for rank in range(2)], plain
+
+
+@pytest.mark.parametrize("stage", LORA_STAGES)
+def test_lora_trains_as_on_plain_pytorch_and_its_merged_weights_leave_every_rank_alike(stage, lora, models):
+    _, ranks, want = lora
+    a, b = (results[stage] for results in ranks)
+    base = load_file(models / "tied" / "model.safetensors")
+    assert a["metadata"] == b["metadata"] == want["metadata"] == [(key, tuple(t.shape), "float32") for key, t in a["weights"].items()]
+    assert set(a["weights"]) == set(base)
+    assert all(torch.equal(a["weights"][key], b["weights"][key]) for key in base)
+    moved = {key: float((a["weights"][key] - base[key]).abs().max()) for key in base}
+    assert {key for key, by in moved.items() if by > 1e-2} == {key for key in base if key.endswith("proj.weight")}
+    assert {by for key, by in moved.items() if not key.endswith("proj.weight")} == {0.0}
+    assert max(float((a["weights"][key] - want["weights"][key]).abs().max()) for key in base) < 1e-4
+    assert a["logprobs"] == b["logprobs"] == pytest.approx(want["logprobs"], abs=1e-4)
+    for x, y in zip(a["metrics"], want["metrics"], strict=True):
+        assert x == pytest.approx(y | {"time/learner_update_s": x["time/learner_update_s"]}, abs=1e-4, rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", LORA_STAGES)
+def test_the_reference_of_lora_stays_the_base(stage, lora):
+    _, ranks, want = lora
+    for logprobs in ranks[0][stage]["ref_logprobs"]:
+        assert (logprobs - want["ref_logprobs"][0]).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("stage", LORA_STAGES)
+def test_a_policy_saved_with_lora_has_the_logits_of_the_trained_one_merged_or_adapted(stage, lora, models):
+    from peft import PeftModel
+
+    out, ranks, _ = lora
+    ids = torch.tensor([[5, 4, 3, 2, 1]])
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(models / "tied"), out / f"{stage}/adapter")
+    for model in (AutoModelForCausalLM.from_pretrained(out / str(stage)), adapted):
+        logprobs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        assert logprobs.tolist() == pytest.approx(ranks[0][stage]["logprobs"], abs=1e-5)

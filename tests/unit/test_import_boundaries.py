@@ -35,6 +35,7 @@ ALLOWED = {
         "toolrl_ray/weights/trainer.py",
     },
     "deepspeed": {"toolrl_ray/learner/deepspeed_engine.py"},
+    "peft": {"toolrl_ray/learner/lora.py"},
     "pyserini": {"tools_service/search/searcher.py"},
 }
 

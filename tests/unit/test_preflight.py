@@ -94,6 +94,19 @@ def test_the_machine_that_only_drives_a_cluster_needs_no_engine(monkeypatch: pyt
     preflight.check_packages(recipe.load("calculator"), in_process=False, learner=True)
 
 
+def test_adapters_need_peft_where_the_learner_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    config = recipe.load("calculator", ["policy.lora.rank=4"])
+    preflight.check_packages(recipe.load("calculator"), in_process=True, learner=True)
+    preflight.check_packages(config, in_process=True, learner=False)
+    for in_process in (True, False):
+        with pytest.raises(MissingDependency, match=r"^peft is not installed; pip install -e '.\[cpu\]'"):
+            preflight.check_packages(config, in_process=in_process, learner=True)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    preflight.check_packages(config, in_process=False, learner=True)
+
+
 def test_a_model_folder_whose_configuration_is_broken_is_one_line(model: Path) -> None:
     (model / "config.json").write_text(json.dumps({"model_type": "no-such-model"}))
     with pytest.raises(UserError) as raised:

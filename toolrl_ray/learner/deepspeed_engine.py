@@ -10,7 +10,8 @@ import itertools
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
@@ -18,7 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from toolrl_ray.config import LearnerConfig
-from toolrl_ray.learner.engine import Forward, learner_device, make_optimizer, policy_tensors, tensor_metadata, warmed_up_lr
+from toolrl_ray.learner.engine import (
+    Forward,
+    learner_device,
+    make_optimizer,
+    policy_tensors,
+    tensor_metadata,
+    warmed_up_lr,
+    whole_copies,
+)
+from toolrl_ray.learner.lora import adapter_tensors, merged
 from toolrl_ray.learner.model import PolicyWithValue
 
 BUCKET_BYTES = 256 * 2**20  # gathered at once under ZeRO-3
@@ -94,11 +104,21 @@ class DeepSpeedEngine:
         return engine
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        for bucket in _buckets(policy_tensors(self.module.lm)):
-            partitioned = [tensor for _, tensor in bucket if hasattr(tensor, "ds_id")]
-            with self.deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
-                for name, tensor in bucket:
-                    yield name, tensor.detach()
+        lm = self.module.lm
+        with self._gathered(adapter_tensors(lm).values()):  # small next to what they adapt
+            for bucket in _buckets(policy_tensors(lm)):
+                with self._gathered(tensor for _, tensor in bucket):
+                    yield from merged(lm, bucket)
+
+    def adapter_weights(self) -> dict[str, Tensor]:
+        adapters = adapter_tensors(self.module.lm)
+        with self._gathered(adapters.values()):
+            return whole_copies(adapters)
+
+    def _gathered(self, tensors: Iterable[Tensor]) -> AbstractContextManager[None]:
+        """Within it those that ZeRO-3 has partitioned are whole; a collective."""
+        partitioned = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
+        return self.deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned))
 
     def weights_metadata(self) -> list[tuple[str, tuple[int, ...], str]]:
         return [tensor_metadata(name, tensor) for name, tensor in policy_tensors(self.module.lm)]

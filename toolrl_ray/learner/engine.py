@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from toolrl_ray.config import LearnerConfig
 from toolrl_ray.errors import PlacementError
+from toolrl_ray.learner.lora import adapter_tensors, merged
 from toolrl_ray.learner.model import PolicyWithValue
 
 Forward = Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]  # called as PolicyWithValue.forward
@@ -39,7 +40,11 @@ class Engine(Protocol):
         """A forward of a model that is never trained (the reference), placed as this engine places models."""
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, full tensor) of the policy, tied weights once. A tensor is valid until the next is asked for."""
+        """(Hugging Face name, full tensor) of the policy, tied weights once and adapters merged into what they adapt. A tensor is valid
+        until the next is asked for."""
+
+    def adapter_weights(self) -> dict[str, Tensor]:
+        """CPU copies of the full tensors that `lora.adapter_tensors` names; none without LoRA."""
 
     def weights_metadata(self) -> list[tuple[str, tuple[int, ...], str]]:
         """(name, full shape, dtype name such as "float32") in the order of `named_weights`."""
@@ -67,11 +72,18 @@ def warmed_up_lr(config: LearnerConfig, step: int) -> float:
 
 
 def policy_tensors(lm: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters and persistent buffers under their state-dict names; a tied weight appears under its first name only."""
+    """Parameters and persistent buffers under their state-dict names; a tied weight appears under its first name only. Adapters are left
+    out, and what they adapt has the name that it has without them."""
+    adapters = adapter_tensors(lm)
     first_name: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in lm.state_dict(keep_vars=True).items():
-        first_name.setdefault(id(tensor), (name, tensor))
+        if name not in adapters:
+            first_name.setdefault(id(tensor), (name.replace(".base_layer.", "."), tensor))
     return list(first_name.values())
+
+
+def whole_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def tensor_metadata(name: str, tensor: Tensor) -> tuple[str, tuple[int, ...], str]:
@@ -115,8 +127,10 @@ class TorchEngine:
         return lambda *args, **kwargs: self._forward(module, *args, **kwargs)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in policy_tensors(self.module.lm):
-            yield name, tensor.detach()
+        return merged(self.module.lm, policy_tensors(self.module.lm))
+
+    def adapter_weights(self) -> dict[str, Tensor]:
+        return whole_copies(adapter_tensors(self.module.lm))
 
     def weights_metadata(self) -> list[tuple[str, tuple[int, ...], str]]:
         return [tensor_metadata(name, tensor) for name, tensor in policy_tensors(self.module.lm)]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from toolrl_ray.learner.lora import write_adapter
 from toolrl_ray.learner.model import load_config
 
 TOKENIZER_FILES = (
@@ -16,10 +17,13 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def write_policy(lm: nn.Module, weights: dict[str, Tensor], directory: str, policy_dir: str, tokenizer_dir: str) -> None:
+def write_policy(
+    lm: nn.Module, weights: dict[str, Tensor], adapter: dict[str, Tensor], directory: str, policy_dir: str, tokenizer_dir: str
+) -> None:
     """Written beside `directory` and renamed, so that a folder of that name is always complete; one that is there is replaced.
 
     lm: gives the format; its own tensors are not read (under ZeRO-3 they are empty). weights: named as by `named_weights`.
+    adapter: named as by `adapter_weights`; if there is one, it is written besides, into the folder `adapter`.
     policy_dir: where lm was loaded from; its configuration is kept, dropout rates included.
     """
     target = Path(directory)
@@ -27,6 +31,8 @@ def write_policy(lm: nn.Module, weights: dict[str, Tensor], directory: str, poli
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     lm.save_pretrained(aside, state_dict=weights)
+    if adapter:
+        write_adapter(lm, adapter, aside / "adapter")
     config = load_config(policy_dir)
     config.architectures = [type(lm).__name__]
     config.dtype = next(iter(weights.values())).dtype

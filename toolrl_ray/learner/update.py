@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +21,9 @@ from toolrl_ray.algos.kl_control import AdaptiveKLController, FixedKLController
 from toolrl_ray.config import RunConfig
 from toolrl_ray.errors import LearnerError
 from toolrl_ray.learner.batch import Batch, make_batch
-from toolrl_ray.learner.engine import Engine, TorchEngine
+from toolrl_ray.learner.engine import Engine, Forward, TorchEngine
 from toolrl_ray.learner.export import write_policy
+from toolrl_ray.learner.lora import adapters_off, add_adapters
 from toolrl_ray.learner.model import PolicyWithValue, load_policy, load_trunk
 from toolrl_ray.learner.targets import Targets, make_targets, score, target_metrics
 from toolrl_ray.types import Trajectory
@@ -34,7 +36,8 @@ APPROX_KL = STATS.index("ppo/approx_kl")
 class Learner:
     """One rank of the learner.
 
-    policy_dir: Hugging Face folder (or Hub name) of the initial policy, which is also the reference.
+    policy_dir: Hugging Face folder (or Hub name) of the initial policy, which is also the reference. With policy.lora it is in memory
+        once: the reference is the policy with its adapters off.
     init_method: "tcp://host:port" that rank 0 listens on; None for a single rank.
     in_process: plain PyTorch instead of DeepSpeed, one rank, config.learner.zero_stage ignored.
     policy_version: 0, then one more for every update that changed the weights.
@@ -69,8 +72,10 @@ class Learner:
             from toolrl_ray.learner.deepspeed_engine import DeepSpeedEngine
 
             self.engine = DeepSpeedEngine(module, config.learner, config.policy.dtype, rank, world_size, init_method)
-        self.reference = None
-        if algo.kl_coef > 0:
+        self.reference: Forward | None = None
+        if algo.kl_coef > 0 and config.policy.lora:
+            self.reference = self._without_adapters
+        elif algo.kl_coef > 0:
             lm = load_policy(policy_dir, dtype)
             self.reference = self.engine.frozen(PolicyWithValue(lm, critic="none", temperature=config.rollout.temperature))
 
@@ -78,11 +83,18 @@ class Learner:
         policy, algo = self.config.policy, self.config.algo
         critic = "none" if algo.advantage != "gae" else "separate" if policy.separate_critic else "shared"
         lm = load_policy(self.policy_dir, dtype)
+        if policy.lora:
+            add_adapters(lm, policy.lora, self.config.seed)
         trunk = load_trunk(self.policy_dir, dtype) if critic == "separate" else None
         if self.config.learner.gradient_checkpointing:
             for model in filter(None, (lm, trunk)):
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return PolicyWithValue(lm, critic, trunk, self.config.rollout.temperature, entropy_grad=algo.ent_coef > 0)
+
+    @torch.no_grad()
+    def _without_adapters(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        with adapters_off(self.engine.module.lm):
+            return self.engine(*args, **kwargs)
 
     def update(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """One PPO update on one batch; a collective. Returns metrics; a batch without a trained token changes nothing.
@@ -222,10 +234,12 @@ class Learner:
         return self.engine.weights_metadata()
 
     def save_policy(self, directory: str, tokenizer_dir: str) -> None:
-        """Writes the policy and tokenizer_dir's tokenizer as a Hugging Face folder, whole or not at all; a collective."""
+        """Writes the policy and tokenizer_dir's tokenizer as a Hugging Face folder, whole or not at all; a collective. With LoRA the
+        weights there are merged ones, and the folder `adapter` in it holds the adapter alone."""
         weights = {}
         for name, tensor in self.engine.named_weights():
             if self.rank == 0:
                 weights[name] = tensor.cpu().clone()
+        adapter = self.engine.adapter_weights()
         if self.rank == 0:
-            write_policy(self.engine.module.lm, weights, directory, self.policy_dir, tokenizer_dir)
+            write_policy(self.engine.module.lm, weights, adapter, directory, self.policy_dir, tokenizer_dir)
