@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import signal
 import sys
 import time
@@ -26,6 +27,8 @@ def say(line: str) -> None:
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     signal.signal(signal.SIGTERM, _on_sigterm)
+    # To save a model, transformers imports DeepSpeed, which tells stdout where it finds no GPU.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     try:
         return options.run(options)
     except UserError as error:

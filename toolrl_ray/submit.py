@@ -5,30 +5,71 @@ from __future__ import annotations
 import os
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from toolrl_ray.errors import UserError
 
 POLL_S = 1.0
+STOP_WAIT_S = 30  # that a job has to end in after SIGTERM
+
+
+@contextmanager
+def _told(address: str) -> Iterator[None]:
+    """What a cluster may answer to a request, as one line."""
+    from ray.exceptions import AuthenticationError
+
+    try:
+        yield
+    except AuthenticationError:
+        raise UserError(f"the cluster at {address} wants a token: export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN=...") from None
+    except (OSError, RuntimeError) as error:  # requests has a ConnectionError of its own, which is an OSError
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"no Ray job server at {address} ({first}); start a cluster (ray start --head) or give --address") from None
+
+
+def job_client(address: str | None) -> tuple[Any, str]:
+    """A client of the Ray jobs at `address`, by default RAY_ADDRESS or the dashboard of this machine, and that address.
+
+    Raises UserError when no job server answers there.
+    """
+    if (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # `ray start` turns it on where a token lies, its client does not
+    from ray.job_submission import JobSubmissionClient
+
+    address = address or os.environ.get("RAY_ADDRESS") or "http://127.0.0.1:8265"
+    with _told(address):
+        return JobSubmissionClient(address), address
+
+
+def submit_train(client: Any, address: str, arguments: list[str]) -> str:
+    """Submits `toolrl train ARGUMENTS`; returns the job's id. Raises UserError when the cluster does not take it."""
+    environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}  # else 3 s: too few to take the tools down
+    with _told(address):
+        return client.submit_job(entrypoint=shlex.join(["toolrl", "train", *arguments]), runtime_env={"env_vars": environment})
+
+
+def cluster_nodes(address: str) -> list[dict[str, float]]:
+    """Resources of every node that is alive. Raises UserError when the cluster does not tell."""
+    from ray.util.state import list_nodes
+    from ray.util.state.exception import RayStateApiException
+
+    try:
+        with _told(address):
+            return [node.resources_total for node in list_nodes(address=address) if node.state == "ALIVE"]
+    except RayStateApiException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the cluster at {address} does not tell its nodes ({reason}); say how many runs at once: --jobs N") from None
 
 
 def submit(address: str | None, arguments: list[str], *, wait: bool, say: Callable[[str], None]) -> int:
     """Returns the job's exit code: 0 when it succeeded (or was only submitted), 1 when it failed or was stopped."""
-    if (Path.home() / ".ray" / "auth_token").is_file():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # `ray start` turns it on where a token lies, its client does not
-    from ray.exceptions import AuthenticationError
-    from ray.job_submission import JobStatus, JobSubmissionClient
+    client, address = job_client(address)
+    job = submit_train(client, address, arguments)
+    from ray.job_submission import JobStatus
 
-    address = address or os.environ.get("RAY_ADDRESS") or "http://127.0.0.1:8265"
-    try:
-        client = JobSubmissionClient(address)
-        job = client.submit_job(entrypoint=shlex.join(["toolrl", "train", *arguments]))
-    except AuthenticationError:
-        raise UserError(f"the cluster at {address} wants a token: export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN=...") from None
-    except (ConnectionError, RuntimeError) as error:
-        first = str(error).splitlines()[0]
-        raise UserError(f"no Ray job server at {address} ({first}); start a cluster (ray start --head) or give --address") from None
     say(f"submitted {job} to {address}; logs: ray job logs {job} --address {address}")
     if not wait:
         return 0

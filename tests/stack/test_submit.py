@@ -111,6 +111,18 @@ def test_toolrl_submit_says_within_seconds_what_the_cluster_lacks(head, tmp_path
     address, environment = head
     command = [BIN / "toolrl", "submit", "calculator", "--address", address, f"run_dir={tmp_path / 'run'}", *SMALL, "rollout.num_actors=5"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
+    assert done.returncode == 1, done.stderr
     assert "this cluster cannot hold the plan: 5.6 CPUs are needed (rollout 5, learner 0.5, tools 0.1) and 2 are there" in done.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_a_study_runs_as_ray_jobs_one_after_another_where_the_cluster_holds_one(head, tmp_path):
+    address, environment = head
+    folder = tmp_path / "study"
+    command = [BIN / "toolrl", "sweep", "calculator", "--seeds", "2", "--dir", folder, "--address", address, *SMALL, "bootstrap.seed=0"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert f"1 at once, as Ray jobs of {address}" in done.stdout
+    assert "| calculator | 2 of 2 |" in done.stdout
+    assert "held-out accuracy" in (folder / "seed-1.log").read_text()
+    assert (folder / "plot.png").is_file()

@@ -4,9 +4,11 @@ caching, and weights taken up while it runs.
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import os
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +51,7 @@ class VLLMEngine:
         self._version = policy_version
         self._on_death = on_death
         self._update_open = False
+        self._seed, self._draws_apart = config.seed, not on_gpu
         num_sequences = max(config.rollout.max_in_flight, config.eval.max_in_flight)
         args = AsyncEngineArgs(
             model=policy_dir,
@@ -64,6 +67,8 @@ class VLLMEngine:
             gpu_memory_utilization=config.rollout.gpu_memory_utilization,
             disable_log_stats=True,
             seed=config.seed,
+            # On CPU a request that draws by a seed of its own and is prefilled in chunks kills the engine.
+            enable_chunked_prefill=None if on_gpu else False,
         )
         self._llm = AsyncLLM.from_engine_args(args)
         self._ids = itertools.count()
@@ -81,7 +86,7 @@ class VLLMEngine:
         try:
             # Marked as tokens, the prompt is not sent through vLLM's tokenizer threads.
             prompt = {"type": "token", "prompt_token_ids": token_ids}
-            async for output in self._llm.generate(prompt, _sampling(params), str(next(self._ids))):
+            async for output in self._llm.generate(prompt, self._seeded(params), str(next(self._ids))):
                 final = output
         except Exception:
             await self.check_alive()
@@ -89,6 +94,16 @@ class VLLMEngine:
         if final is None or not final.outputs:
             raise RolloutError("vLLM returned no output for a request")
         return _completion(final.outputs[0], self._version)
+
+    def _seeded(self, params: SamplingParams) -> Any:
+        """On CPU each completion draws for itself, whatever shares its batch, so that the same seed repeats a run. On a GPU that costs a
+        kernel for every request and token: there all draw from the engine's generator, in an order that depends on timing."""
+        sampling = _sampling(params)
+        if params.seed is None or not self._draws_apart:
+            return sampling
+        own = copy.copy(sampling)
+        own.seed = zlib.crc32(f"{self._seed}/{params.seed}".encode())
+        return own
 
     async def score(self, token_ids: list[int]) -> list[float]:
         """Log-probabilities of tokens 1 .. L-1 given those before them, at temperature 1: a proof of which weights are loaded."""
@@ -157,7 +172,6 @@ def _sampling(params: SamplingParams) -> Any:
     from vllm import SamplingParams as VLLMSamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    # No per-request seed: on CPU a batch that loses a seeded request can kill the engine.
     return VLLMSamplingParams(
         temperature=params.temperature,
         max_tokens=params.max_tokens,

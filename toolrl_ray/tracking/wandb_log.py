@@ -79,6 +79,7 @@ class WandbTracker:
             self._run = wandb.init(
                 project=config.tracking.wandb_project,
                 name=run_dir.name,
+                tags=config.tracking.wandb_tags,
                 dir=str(run_dir),
                 config=config.model_dump(mode="json") | self._found,
                 mode=mode,

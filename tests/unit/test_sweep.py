@@ -1,0 +1,142 @@
+"""A study's plan: which runs there are, what each is told, and how far each is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from toolrl_ray import sweep
+from toolrl_ray.errors import ConfigError, UserError
+from toolrl_ray.sweep import State, make_study, plan, split_values
+
+GRID = ["learner.lr=1e-4,1e-3", "task.few_shot=0,1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("1e-4", ["1e-4"]),
+        ("1e-4,1e-3", ["1e-4", "1e-3"]),
+        ("[A, B]", ["[A, B]"]),
+        ("[A, B],[A]", ["[A, B]", "[A]"]),
+        ("{A: {k: 1, n: 2}},{}", ["{A: {k: 1, n: 2}}", "{}"]),
+        ("'a,b',c", ["'a,b'", "c"]),
+        ("", [""]),
+    ],
+)
+def test_values_are_separated_by_the_commas_that_yaml_does_not_need(text: str, values: list[str]) -> None:
+    assert split_values(text) == values
+
+
+def test_a_study_has_every_seed_of_every_variant_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    runs = plan(make_study("calculator", [*GRID, "train.num_steps=3"], [0, 1]), tmp_path)
+    assert [run.name for run in runs[:3]] == ["lr=1e-4,few_shot=0-seed-0", "lr=1e-4,few_shot=0-seed-1", "lr=1e-4,few_shot=1-seed-0"]
+    assert [run.index for run in runs] == list(range(8))
+    assert {(run.config.learner.lr, run.config.task.few_shot, run.config.seed) for run in runs} == {
+        (lr, few_shot, seed) for lr in (1e-4, 1e-3) for few_shot in (0, 1) for seed in (0, 1)
+    }
+    assert {run.config.train.num_steps for run in runs} == {3}
+    assert [run.config.run_dir for run in runs] == [str(tmp_path / run.name) for run in runs]
+    assert runs[0].variant == "lr=1e-4, few_shot=0"
+
+
+def test_a_study_without_variants_is_named_after_its_recipe_and_its_seeds(tmp_path: Path) -> None:
+    runs = plan(make_study("calculator", [], [3, 5]), tmp_path)
+    assert [(run.name, run.variant) for run in runs] == [("seed-3", "calculator"), ("seed-5", "calculator")]
+
+
+def test_the_seed_also_initialises_the_tiny_policy_unless_bootstrap_seed_is_given(tmp_path: Path) -> None:
+    def seeds(*overrides: str) -> list[int]:
+        return [run.config.bootstrap.seed for run in plan(make_study("calculator", list(overrides), [0, 1, 2]), tmp_path)]
+
+    assert seeds() == [0, 1, 2]
+    assert seeds("bootstrap.seed=7") == [7, 7, 7]
+    assert seeds("policy.path=org/model") == [0, 0, 0]
+    assert {run.config.task.seed for run in plan(make_study("calculator", [], [0, 1]), tmp_path)} == {0}, "all seeds face the same tasks"
+
+
+def test_runs_are_tagged_with_the_name_of_their_study_beside_their_own_tags(tmp_path: Path) -> None:
+    (run,) = plan(make_study("calculator", ["tracking.wandb_tags=[mine]"], [0]), tmp_path / "my-study")
+    assert run.config.tracking.wandb_tags == ["mine", "my-study"]
+
+
+def test_names_that_would_meet_are_told_apart(tmp_path: Path) -> None:
+    runs = plan(make_study("calculator", ["tracking.wandb_project='a b','a_b','a/b'"], [0]), tmp_path)
+    assert len({run.name for run in runs}) == 3 and all("/" not in run.name for run in runs)
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("seed=3", ["seed=3", "--seeds"]),
+        ("run_dir=x", ["run_dir=x", "--dir"]),
+        ("train.num_steps", ["'train.num_steps'", "key.path=value"]),
+        ("learner.lr=1e-3,1e-3", ["learner.lr=1e-3,1e-3", "twice"]),
+        ("learner.lr=1e-3,", ["learner.lr=1e-3,", "empty"]),
+    ],
+)
+def test_what_no_study_can_have_is_refused(override: str, parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        make_study("calculator", [override], [0])
+    assert [part for part in parts if part not in str(error.value)] == []
+
+
+def test_a_variant_that_the_recipe_refuses_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="learner.lr=-1"):
+        plan(make_study("calculator", ["learner.lr=1e-3,-1"], [0]), tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
+def test_the_same_study_goes_on_in_its_folder_and_another_is_refused(tmp_path: Path) -> None:
+    folder, study = tmp_path / "study", make_study("calculator", GRID, [0, 1])
+    assert sweep.claim(study, folder) == sweep.claim(study, folder) == sweep.open_study(folder) == study
+    for other in (make_study("calculator", GRID, [0, 1, 2]), make_study("calculator", GRID[:1], [0, 1])):
+        with pytest.raises(UserError, match="is of another study: (seeds|grid) .*choose another folder.*--resume"):
+            sweep.claim(other, folder)
+
+
+def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="holds no study; choose another folder"):
+        sweep.claim(make_study("calculator", [], [0]), tmp_path)
+    with pytest.raises(UserError, match="cannot be made"):
+        sweep.claim(make_study("calculator", [], [0]), tmp_path / "file" / "study")
+    with pytest.raises(UserError, match="no study.json"):
+        sweep.open_study(tmp_path)
+    (tmp_path / "study.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read as a study"):
+        sweep.open_study(tmp_path)
+
+
+def test_how_far_a_run_is_lies_in_its_folder(tmp_path: Path) -> None:
+    (run,) = plan(make_study("calculator", [], [0]), tmp_path)
+    run_dir, log = tmp_path / "seed-0", tmp_path / "seed-0.log"
+    assert sweep.state(tmp_path, run) is State.MISSING
+    log.write_text("toolrl: no engine\n\n")  # it ended before its first step, and took its folder away
+    assert sweep.state(tmp_path, run) is State.FAILED
+    assert sweep.last_line(log) == "toolrl: no engine"
+    with log.open("a") as file:
+        assert sweep.hold(file)
+        assert sweep.state(tmp_path, run) is State.RUNNING
+        with log.open("a") as other:
+            assert not sweep.hold(other)
+    run_dir.mkdir()
+    (run_dir / "eval.json").write_text('{"before": {}, "aft')
+    assert sweep.state(tmp_path, run) is State.FAILED
+    (run_dir / "eval.json").write_text(json.dumps({"before": {}, "after": {}}))
+    assert sweep.state(tmp_path, run) is State.DONE
+
+
+def test_what_a_failed_run_left_is_kept_under_another_name(tmp_path: Path) -> None:
+    (run,) = plan(make_study("calculator", [], [0]), tmp_path)
+    for attempt in ("first", "second"):
+        (tmp_path / "seed-0").mkdir()
+        (tmp_path / "seed-0" / "metrics.jsonl").write_text(attempt)
+        sweep.set_aside(tmp_path, run)
+    assert sorted(path.parent.name + path.read_text() for path in tmp_path.glob("*/metrics.jsonl")) == [
+        "seed-0.failed-1first",
+        "seed-0.failed-2second",
+    ]
+    assert not (tmp_path / "seed-0").exists()
