@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
@@ -22,6 +23,7 @@ from tools_service.serve_handles import ReplicaStats
 log = logging.getLogger(__name__)
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
 CONNECT_S = 10.0
+REMOVE_S, REMOVE_POLL_S = 30.0, 0.2
 
 
 def connect(config: RunConfig, say: Callable[[str], None], *, learner: bool = True, verbose: bool = False) -> None:
@@ -42,6 +44,7 @@ def reach(address: str | None, say: Callable[[str], None], *, verbose: bool = Fa
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
+    from ray.exceptions import AuthenticationError
 
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     if address:
@@ -54,6 +57,8 @@ def reach(address: str | None, say: Callable[[str], None], *, verbose: bool = Fa
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
+    except AuthenticationError:
+        raise UserError(f"the cluster at {address} wants a token: export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN=...") from None
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = f"no Ray cluster answers at {address!r}" if address else "a local Ray does not start"
         raise UserError(f"{where}: {' '.join(str(error).split())[:200]}") from None
@@ -62,31 +67,50 @@ def reach(address: str | None, say: Callable[[str], None], *, verbose: bool = Fa
 
 
 def _check_reachable(address: str) -> None:
-    """Ray itself tries for minutes, and talks meanwhile."""
+    """Ray itself tries for minutes, and talks meanwhile. And it shows its token only to a cluster that it has found by itself, where
+    most clusters want one: here also to one that is named and asks for it."""
     host, _, port = address.rpartition(":")
-    if host and "/" not in host and port.isdigit():
+    if not (host and "/" not in host and port.isdigit()):
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"no Ray cluster answers at {address!r}: {error.strerror or error}") from None
+    if "RAY_AUTH_MODE" not in os.environ and _wants_token(address):
+        from ray._raylet import Config
+
+        os.environ["RAY_AUTH_MODE"] = "token"
+        Config.initialize("")  # it has read the environment before
+
+
+def _wants_token(address: str) -> bool:
+    import grpc
+
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
-            socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
-        except (OSError, OverflowError) as error:
-            raise UserError(f"no Ray cluster answers at {address!r}: {error.strerror or error}") from None
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=CONNECT_S)
+        except grpc.RpcError as error:
+            return error.code() is grpc.StatusCode.UNAUTHENTICATED
+    return False
 
 
 def ray_parts(config: RunConfig, policy_dir: str, say: Callable[[str], None], *, learner: bool = True) -> Parts:
     """The parts of a run on the cluster that `connect` reached, all started and ready for work."""
     from toolrl_ray.learner.group import LearnerGroup
     from toolrl_ray.rollout.pool import RolloutPool
-    from toolrl_ray.tools.serve_client import join_tools, start_tools, stop_tools
+    from toolrl_ray.tools.serve_client import join_tools, start_tools
 
     group, rollout_bundles, learner_bundles = reserve(config, say, learner=learner)
     app_name = config.tools.app or f"toolrl-{uuid.uuid4().hex[:8]}"
     rollout_actors, learners = _actors(config, policy_dir, app_name, group, rollout_bundles, learner_bundles)
+    tools_start: Future[Any] = Future()
 
     def close() -> None:
         import ray
 
         # The tools first: Serve is detached and would outlive this job, the actors would not.
         for what, undo in [
-            *([] if config.tools.app else [("the tools", lambda: stop_tools(app_name, wait=False))]),
+            *([] if config.tools.app else [("the tools", lambda: _remove_tools(app_name, tools_start))]),
             *((f"actor {actor}", lambda actor=actor: ray.kill(actor)) for actor in [*rollout_actors, *learners]),
             ("the placement group", lambda: ray.util.remove_placement_group(group)),
         ]:
@@ -105,8 +129,8 @@ def ray_parts(config: RunConfig, policy_dir: str, say: Callable[[str], None], *,
     learner_group = LearnerGroup(config, learners) if learner else None
     try:
         say(f"starting {len(rollout_actors)} x {config.rollout.engine}, {len(learners)} x learner, tools: {', '.join(config.tools.names)}")
-        jobs: list[Callable[[], Any]] = [pool.start, lambda: (join_tools if config.tools.app else start_tools)(config.tools, app_name)]
-        _all_at_once(jobs + ([learner_group.start] if learner_group else []))
+        jobs = {tools_start: lambda: (join_tools if config.tools.app else start_tools)(config.tools, app_name), Future(): pool.start}
+        _all_at_once(jobs | ({Future(): learner_group.start} if learner_group else {}))
         if learner_group:
             weights = WeightSync(config, pool, rollout_actors, learners)
             weights.connect()
@@ -146,22 +170,52 @@ def _where(group: Any, bundle: int, share: RolloutConfig | LearnerConfig) -> dic
     return {"num_cpus": share.num_cpus, "num_gpus": share.num_gpus, "scheduling_strategy": strategy}
 
 
-def _all_at_once(jobs: list[Callable[[], Any]]) -> None:
-    """Run the jobs in threads; the first failure is raised at once. Each job has a deadline of its own.
+def _remove_tools(app_name: str, start: Future[Any]) -> None:
+    """Serve drains and removes them by itself. start: of the job that starts them."""
+    from ray import serve
+
+    from toolrl_ray.tools.serve_client import stop_tools
+
+    def is_there() -> bool:
+        return app_name in serve.status().applications
+
+    wait_s = REMOVE_S if os.environ.get("RAY_ADDRESS") else 0.0  # a Ray of one's own ends anyway, and all that runs on it
+    if not _remove_deployed(start, is_there, lambda: stop_tools(app_name, wait=False), wait_s) and wait_s:
+        log.warning("the tools may yet start on the cluster; if so, end them with: toolrl tools stop --app %s", app_name)
+
+
+def _remove_deployed(start: Future[Any], is_there: Callable[[], bool], remove: Callable[[], None], wait_s: float) -> bool:
+    """Removes what the job `start` has deployed, or is about to deploy: that is waited for. False where it took longer than wait_s."""
+    if start.cancel():  # it has not begun, and will not
+        return True
+    give_up = time.monotonic() + wait_s
+    while True:
+        is_over = start.done()  # asked first: what is not there afterwards never comes
+        if is_there():
+            remove()
+            return True
+        if is_over or time.monotonic() >= give_up:
+            return is_over
+        time.sleep(REMOVE_POLL_S)
+
+
+def _all_at_once(jobs: dict[Future[Any], Callable[[], Any]]) -> None:
+    """Run the jobs in threads; the first failure is raised at once. Each job has a deadline of its own; its future gets the outcome.
 
     The threads are daemons: after a failure or Ctrl-C one may wait for a cluster that is gone, and must not hold up the exit.
     """
-    futures: list[Future[Any]] = [Future() for _ in jobs]
 
     def run(job: Callable[[], Any], future: Future[Any]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
         try:
             future.set_result(job())
         except BaseException as error:
             future.set_exception(error)
 
-    for job, future in zip(jobs, futures, strict=True):
+    for future, job in jobs.items():
         threading.Thread(target=run, args=(job, future), daemon=True).start()
-    for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+    for future in wait(jobs, return_when=FIRST_EXCEPTION).done:
         future.result(timeout=0)
 
 

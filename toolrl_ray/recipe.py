@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -69,9 +69,10 @@ def _allowed_keys(location: tuple[Any, ...]) -> list[str]:
     section: Any = RunConfig
     for name in location:
         field = section.model_fields.get(name)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()  # a section may be null
+        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if section is None:
             return []
-        section = field.annotation
     return list(section.model_fields)
 
 

@@ -6,12 +6,13 @@ import argparse
 import asyncio
 import os
 from collections.abc import AsyncIterator, Collection, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Protocol
 
 from toolrl_ray.errors import UserError
+from toolrl_ray.tools.http_client import HttpTools
 from tools_service.protocol import ToolCall, ToolResult
-from tools_service.runner import ToolInfo
+from tools_service.runner import Factory, ToolInfo, tool_factories
 
 if TYPE_CHECKING:
     from toolrl_ray.tools.local import LocalTools
@@ -32,6 +33,8 @@ class Tools(Protocol):
 
     async def call(self, calls: Sequence[ToolCall]) -> list[ToolResult]: ...
 
+    async def end_session(self, session: str) -> None: ...
+
 
 class _LocalTools:
     where = "in this process"
@@ -44,6 +47,18 @@ class _LocalTools:
 
     async def call(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
         return list(await asyncio.gather(*map(self._local, calls)))
+
+    async def end_session(self, session: str) -> None:
+        self._local.end_session(session)
+
+
+class _ServiceTools(HttpTools):
+    async def end_session(self, session: str) -> None:
+        """Lets the tools forget it now; where the service cannot be told, they forget it in time."""
+        import httpx
+
+        with suppress(httpx.HTTPError):
+            await self._client.delete(f"/v1/sessions/{session}")
 
 
 @asynccontextmanager
@@ -59,18 +74,16 @@ async def open_tools(options: argparse.Namespace, name: str | None = None) -> As
 
         config = service_config(options.config)
         _check_name(name, config.names, _LocalTools.where)
-        names = config.names if name is None else [name]
-        own = {key: {tool: value for tool, value in getattr(config, key).items() if tool in names} for key in ("options", "pools")}
-        local = LocalTools(ToolsConfig(names=names, custom=config.custom, **own))
+        factories = service_factories(config, None if name is None else [name])
+        pools = {tool: config.pool(tool) for tool in factories}
+        local = LocalTools(ToolsConfig(names=list(factories), pools=pools, start_timeout_s=config.start_timeout_s), factories)
         try:
             await local.start()
             yield _LocalTools(local)
         finally:
             await local.close()
         return
-    from toolrl_ray.tools.http_client import HttpTools
-
-    service = HttpTools(options.address or os.environ.get("TOOLRL_TOOLS") or DEFAULT_ADDRESS)
+    service = _ServiceTools(options.address or os.environ.get("TOOLRL_TOOLS") or DEFAULT_ADDRESS)
     try:
         _check_name(name, await service.infos(), service.where)
         yield service
@@ -92,4 +105,12 @@ def service_config(path: str | None) -> ServiceConfig:
     try:
         return load(path)
     except ServiceConfigError as error:
+        raise UserError(str(error)) from None
+
+
+def service_factories(config: ServiceConfig, names: list[str] | None = None) -> dict[str, Factory]:
+    """What makes its tools, or those of `names`. Raises UserError."""
+    try:
+        return tool_factories(names or config.names, config.custom, config.options)
+    except ValueError as error:
         raise UserError(str(error)) from None

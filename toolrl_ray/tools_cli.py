@@ -7,9 +7,7 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -191,47 +189,26 @@ def bench_tool(options: argparse.Namespace) -> int:
 
 def serve_mcp(options: argparse.Namespace) -> int:
     received: list[int] = []
-    end_stdin = _stdin_that_ends()
 
     async def run() -> None:
         from tools_service.mcp_server import serve_stdio
 
-        loop = asyncio.get_running_loop()
+        loop, serving = asyncio.get_running_loop(), asyncio.current_task()
+        assert serving is not None  # this is a coroutine
 
         def on_signal(number: int) -> None:
             received.append(number)
             loop.remove_signal_handler(number)  # a second one does not wait
-            end_stdin()
+            serving.cancel()
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, on_signal, number)
         async with open_tools(options) as tools:
-            await serve_stdio(await tools.infos(), tools.call)
+            await serve_stdio(await tools.infos(), tools.call, tools.end_session)
 
-    asyncio.run(run())
+    with suppress(asyncio.CancelledError):  # by a signal
+        asyncio.run(run())
     return 128 + received[0] if received else 0
-
-
-def _stdin_that_ends() -> Callable[[], None]:
-    """Puts a socket in the place of stdin and copies stdin to it; returns what ends it. Whoever reads stdin itself in a thread, as the
-    MCP server does, cannot be stopped before the next line comes."""
-    ours, theirs = socket.socketpair()
-    stdin = os.dup(0)
-    os.dup2(theirs.fileno(), 0)
-    theirs.close()
-
-    def end() -> None:
-        with suppress(OSError):
-            ours.shutdown(socket.SHUT_WR)
-
-    def copy() -> None:
-        with suppress(OSError):
-            while data := os.read(stdin, 65536):
-                ours.sendall(data)
-        end()
-
-    threading.Thread(target=copy, daemon=True).start()
-    return end
 
 
 def build_index(options: argparse.Namespace) -> int:

@@ -8,16 +8,17 @@ import shlex
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from toolrl_ray.errors import UserError
-from toolrl_ray.tools_access import DEFAULT_ADDRESS, DEFAULT_APP, EXAMPLES
+from toolrl_ray.tools_access import DEFAULT_ADDRESS, DEFAULT_APP, EXAMPLES, service_factories
 from tools_service.config import HttpConfig, ServiceConfig
-from tools_service.runner import Factory, ToolInfo, tool_factories
+from tools_service.runner import Factory, ToolInfo
 
 DESCRIBE_S = 30.0
+LOCK = "toolrl-tools"  # on the cluster: who is at work there, and whose Serve it is
 Say = Callable[[str], None]
 
 
@@ -29,7 +30,7 @@ def url(http: HttpConfig) -> str:
 
 def serve_here(config: ServiceConfig, http: HttpConfig | None, say: Say, verbose: bool) -> None:
     """Starts a local Ray with the service and serves until Ctrl-C or SIGTERM. Raises UserError, with nothing left running."""
-    factories = _factories(config)
+    factories = service_factories(config)
     if http:
         _check_free(http)
     with _ray(None, say, verbose):
@@ -43,8 +44,8 @@ def serve_here(config: ServiceConfig, http: HttpConfig | None, say: Say, verbose
 
 def serve_on_cluster(config: ServiceConfig, http: HttpConfig | None, address: str, say: Say, verbose: bool) -> None:
     """Deploys the service to a cluster and leaves it there. Raises UserError, with nothing of it left on the cluster."""
-    factories = _factories(config)
-    with _ray(address, say, verbose):
+    factories = service_factories(config)
+    with _ray(address, say, verbose), _alone():
         from ray import serve
 
         from tools_service import serve_app
@@ -55,13 +56,15 @@ def serve_on_cluster(config: ServiceConfig, http: HttpConfig | None, address: st
                 f"an application {config.app!r} runs on this cluster already; end it with: {stop_it}, "
                 "or choose another name (app: in the file that --config names)"
             )
-        found_serve = _serve_runs()
+        found_serve = _find_serve(http, say)
         try:
             _start(config, factories, http, say)
+            if not found_serve:
+                _remember_serve()
             _show(config, http, address)
         except BaseException:
             serve_app.shutdown(config.app, wait=False)
-            if not found_serve:
+            if not found_serve and not set(serve.status().applications) - {config.app}:
                 serve.shutdown()
             raise
         print(f"  stop it:      {stop_it}", flush=True)
@@ -69,8 +72,9 @@ def serve_on_cluster(config: ServiceConfig, http: HttpConfig | None, address: st
 
 
 def stop(app: str, address: str, say: Say, verbose: bool) -> None:
-    """Removes the application from the cluster, after the calls that it is running. Raises UserError where it is not there."""
-    with _ray(address, say, verbose):
+    """Removes the application from the cluster, after the calls that it is running, and Serve itself where `tools serve` started it and
+    nothing else runs on it. Raises UserError where the application is not there."""
+    with _ray(address, say, verbose), _alone():
         from ray import serve
 
         from tools_service import serve_app
@@ -80,6 +84,8 @@ def stop(app: str, address: str, say: Say, verbose: bool) -> None:
             raise UserError(f"no application {app!r} on this cluster; applications: {', '.join(there) or 'none'}")
         say(f"stopping {app}")
         serve_app.shutdown(app)
+        if _serve_is_ours() and not serve.status().applications:
+            serve.shutdown()
         say("stopped")
 
 
@@ -99,11 +105,22 @@ def _ray(address: str | None, say: Say, verbose: bool) -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-def _factories(config: ServiceConfig) -> dict[str, Factory]:
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Of all that start or stop a service on this cluster only one runs at a time. Raises UserError for the others."""
+    import ray
+
+    class Lock:
+        """Its name can be had once; it ends with this process."""
+
     try:
-        return tool_factories(config.names, config.custom, config.options)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+        lock = ray.remote(num_cpus=0)(Lock).options(name=LOCK, namespace=LOCK).remote()
+    except ValueError:
+        raise UserError("another `toolrl tools serve` or `stop` is at work on this cluster; try again when it is done") from None
+    try:
+        yield
+    finally:
+        ray.kill(lock)
 
 
 def _check_free(http: HttpConfig) -> None:
@@ -126,14 +143,54 @@ def _start(config: ServiceConfig, factories: Mapping[str, Factory], http: HttpCo
         raise UserError(str(error)) from None
 
 
-def _serve_runs() -> bool:
+def _serve_controller() -> str | None:
+    """The id of Serve's controller, where Serve runs on the cluster."""
     import ray
 
     try:
-        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+        return ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")._actor_id.hex()
     except ValueError:
+        return None
+
+
+def _find_serve(http: HttpConfig | None, say: Say) -> bool:
+    """Whether Serve runs, with HTTP as it is asked for. One that was started without, as a training run does, is ended where nothing
+    runs on it. Raises UserError where something does, and where HTTP has another address."""
+    from ray import serve
+
+    if _serve_controller() is None:
         return False
-    return True
+    there = serve.status()
+    if http is None:
+        return True
+    if there.proxies:
+        at = serve.context._get_global_client().http_config
+        if (at.host, at.port) != (http.host, http.port):
+            where = f"Ray Serve has its HTTP at {at.host}:{at.port} on this cluster already"
+            raise UserError(f"{where}; serve there with --host {at.host} --port {at.port}, or with --no-http")
+        return True
+    if there.applications:
+        raise UserError(
+            f"Ray Serve runs on this cluster without HTTP, for {', '.join(there.applications)} (a training run starts it so); "
+            "serve to training runs alone with --no-http, or try again when that has ended"
+        )
+    say("restarting Ray Serve, which runs nothing and has no HTTP")
+    serve.shutdown()
+    return False
+
+
+def _remember_serve() -> None:
+    """Leaves word on the cluster that this Serve was started for a service."""
+    from ray.experimental.internal_kv import _internal_kv_put
+
+    _internal_kv_put(LOCK, _serve_controller() or "")
+
+
+def _serve_is_ours() -> bool:
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    controller = _serve_controller()
+    return controller is not None and _internal_kv_get(LOCK) == controller.encode()
 
 
 def _until_signal(config: ServiceConfig, say: Say) -> None:
@@ -158,23 +215,30 @@ def _until_signal(config: ServiceConfig, say: Say) -> None:
         say("stopping at once")
 
 
-async def _descriptions(config: ServiceConfig) -> list[ToolInfo]:
-    from tools_service.serve_handles import ToolHandles
+async def _descriptions(names: list[str], describe: Callable[[str], Awaitable[ToolInfo]]) -> list[ToolInfo]:
+    """Raises UserError where a tool does not answer."""
+    from tools_service.serve_handles import TransportError
 
-    handles = ToolHandles(config.app)
-    async with asyncio.timeout(DESCRIBE_S):
-        return list(await asyncio.gather(*map(handles.describe, config.names)))
+    try:
+        async with asyncio.timeout(DESCRIBE_S):
+            return list(await asyncio.gather(*map(describe, names)))
+    except (TransportError, TimeoutError) as error:
+        reason = error.reason if isinstance(error, TransportError) else f"no answer within {DESCRIBE_S:g} s"
+        raise UserError(f"the tools have started and do not answer ({reason}); try again, with --verbose for their logs") from None
 
 
 def _show(config: ServiceConfig, http: HttpConfig | None, ray_address: str) -> None:
     """What is served, and one line to try for each way of calling it."""
     from toolrl_ray.tools.stats import isolations
-    from tools_service.serve_handles import ReplicaStats
+    from tools_service.serve_handles import ReplicaStats, ToolHandles
+
+    async def described() -> list[ToolInfo]:
+        return await _descriptions(config.names, ToolHandles(config.app).describe)
 
     width = max(map(len, config.names))
     tiers = isolations(ReplicaStats(config.app, config.names)())
     print()
-    for info in asyncio.run(_descriptions(config)):
+    for info in asyncio.run(described()):
         print(f"  {info.name:<{width}}  {info.description}")
         if tier := tiers.get(info.name):
             print(f"  {'':<{width}}  isolation, found by an attack on itself: {tier}")

@@ -69,15 +69,21 @@ class HttpFace:
         await self._sessions.handle_request(scope, receive, send)
 
 
-async def serve_stdio(infos: Mapping[str, ToolInfo], call: Call) -> None:
-    """Serves one client until it closes stdin. Nothing but the protocol reaches its stdout: what else is printed goes to stderr.
+async def serve_stdio(infos: Mapping[str, ToolInfo], call: Call, end_session: Callable[[str], Awaitable[None]] | None = None) -> None:
+    """Serves one client until it closes stdin, or until the caller cancels this. Nothing but the protocol reaches its stdout: what else
+    is printed goes to stderr.
 
-    All calls share one session, so that a tool that keeps state keeps it for this client.
+    All calls share one session, so that a tool that keeps state keeps it for this client. end_session: what lets the tools forget it.
     """
-    server = make_server(infos, call, uuid.uuid4().hex)
-    with _stdin_lines() as lines:
-        async with stdio_server(stdin=lines) as (read, write):
-            await server.run(read, write, server.create_initialization_options())
+    session = uuid.uuid4().hex
+    server = make_server(infos, call, session)
+    try:
+        with _stdin_lines() as lines:
+            async with stdio_server(stdin=lines) as (read, write):
+                await server.run(read, write, server.create_initialization_options())
+    finally:
+        if end_session is not None:
+            await end_session(session)
 
 
 @contextmanager

@@ -129,22 +129,24 @@ def builtin_tools() -> dict[str, Callable[..., Tool | AsyncTool]]:
     return {"SimpleCalculatorTool": _calculator, "Wiki": _wiki, "PythonInterpreter": _python}
 
 
-def tool_factories(names: list[str], custom: Mapping[str, str], options: Mapping[str, Mapping[str, Any]]) -> dict[str, Factory]:
+def tool_factories(
+    names: list[str], custom: Mapping[str, str], options: Mapping[str, Mapping[str, Any]], prefix: str = ""
+) -> dict[str, Factory]:
     """What makes each tool of a service, in the order of `names`. Every tool but those of LARGE is made once, so that mistakes show
-    here and not in a replica. Raises ValueError with one line."""
+    here and not in a replica. Raises ValueError with one line. prefix: of the keys that it names, where they stand in a section."""
     known = [*builtin_tools(), *custom]
     if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"unknown tool {unknown[0]!r} in tools.names; tools: {', '.join(known)}; name your own in tools.custom")
+        raise ValueError(f"unknown tool {unknown[0]!r} in {prefix}names; tools: {', '.join(known)}; name your own in {prefix}custom")
     if len(set(names)) < len(names):
-        raise ValueError(f"tools.names={names} holds a name twice")
-    return {name: _factory(name, custom.get(name), dict(options.get(name, {}))) for name in names}
+        raise ValueError(f"{prefix}names={names} holds a name twice")
+    return {name: _factory(name, custom.get(name), dict(options.get(name, {})), prefix) for name in names}
 
 
-def _factory(name: str, spec: str | None, options: dict[str, Any]) -> Factory:
+def _factory(name: str, spec: str | None, options: dict[str, Any], prefix: str) -> Factory:
     factory = partial(_load, name, spec, options) if spec is not None else partial(builtin_tools()[name], **options)
     if spec is None and name in LARGE:
         return factory
-    where = f"tools.custom: {name}={spec!r} is not a tool" if spec is not None else f"tools.options.{name}={options}"
+    where = f"{prefix}custom: {name}={spec!r} is not a tool" if spec is not None else f"{prefix}options.{name}={options}"
     try:
         info = tool_info(factory())
     except (LoadingError, ValueError, AttributeError, TypeError) as error:

@@ -16,8 +16,9 @@ import psutil
 import pytest
 import ray
 
-from toolrl_ray import cli
+from toolrl_ray import cli, tools_serving
 from tools_service import serve_app
+from tools_service.runner import tool_factories
 
 CALCULATOR = "SimpleCalculatorTool"
 TIMEOUT_S = 120
@@ -43,7 +44,8 @@ def toolrl(*arguments: object) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "TOOLRL_TOOLS")} | {"PYTHONUNBUFFERED": "1"}
+    """A person's: not what this process' own Ray has put there."""
+    return {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "TOOLRL_"))} | {"PYTHONUNBUFFERED": "1"}
 
 
 def ended(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -172,6 +174,21 @@ def test_an_mcp_client_reaches_the_service_over_stdin_and_stdout(service: Servic
         process.communicate()
 
 
+def test_a_run_joins_the_service_by_the_line_that_it_shows(service: Service, tmp_path: Path):
+    [line] = [line for line in service.lines if "in training:" in line]
+    address, joined = line.partition("RAY_ADDRESS=")[2].strip().split(" toolrl train RECIPE ")
+    small = ["rollout.engine=transformers", "bootstrap.num_steps=1", "eval.num_tasks=2", "eval.num_samples=0", "episode.max_turn_tokens=4"]
+    done = subprocess.run(
+        toolrl("eval", "calculator", "--no-baseline", joined, *small),
+        capture_output=True,
+        text=True,
+        timeout=2 * TIMEOUT_S,
+        env=environment() | {"RAY_ADDRESS": address, "TOOLRL_CACHE": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"connecting to the Ray cluster at {address}" in done.stdout and "2 tasks" in done.stdout
+
+
 def test_a_port_that_is_taken_is_one_line_and_exit_code_2(service: Service, folder: Path):
     done = ended("tools", "serve", "--config", folder / "calculator.yaml", "--port", service.port)
     assert done.returncode == 2 and done.stdout == ""
@@ -231,12 +248,14 @@ def test_a_service_is_left_on_a_cluster_until_it_is_stopped(cluster, folder: Pat
     assert done.returncode == 0, done.stderr
     try:
         assert f"  stop it:      {stop}\n" in done.stdout and f"RAY_ADDRESS={address} toolrl train RECIPE tools.app=shared\n" in done.stdout
-        assert serve_app.running("shared") == ["Shout"]
         assert cli.main(["tools", "call", "Shout", "hi", "--address", url]) == 0
         assert capsys.readouterr().out == "HI\n"
         again = ended("tools", "serve", "--config", config, "--address", address)
         assert again.returncode == 2 and len(again.stderr.splitlines()) == 1
         assert f"an application 'shared' runs on this cluster already; end it with: {stop}, or" in again.stderr
+        elsewhere = ended("tools", "serve", "--config", folder / "calculator.yaml", "--address", address, "--port", free_port())
+        assert elsewhere.returncode == 2 and len(elsewhere.stderr.splitlines()) == 1
+        assert f"; serve there with --host {cluster.host} --port {cluster.port}, or with --no-http" in elsewhere.stderr
         assert serve_app.running("shared") == ["Shout"]
     finally:
         stopped = ended(*stop.split()[1:])
@@ -245,6 +264,23 @@ def test_a_service_is_left_on_a_cluster_until_it_is_stopped(cluster, folder: Pat
         serve_app.running("shared")
     gone = ended(*stop.split()[1:])
     assert gone.returncode == 2 and gone.stderr.startswith("toolrl: no application 'shared' on this cluster; applications: ")
+
+
+def test_of_two_that_start_a_service_at_once_one_is_refused_and_leaves_that_of_the_other(cluster, folder: Path):
+    address, app = ray.get_runtime_context().gcs_address, "both"
+    config = folder / "both.yaml"
+    config.write_text(f"names: [{CALCULATOR}]\napp: {app}\n")
+    refusal = "another `toolrl tools serve` or `stop` is at work on this cluster; try again when it is done"
+    with tools_serving._alone():
+        serve_app.start(tool_factories([CALCULATOR], {}, {}), app_name=app)
+        try:
+            for command in (["serve", "--no-http", "--config", config], ["stop", "--app", app]):
+                done = ended("tools", *command, "--address", address)
+                assert done.returncode == 2, done.stderr
+                assert done.stderr == f"toolrl: {refusal}\n"
+            assert serve_app.running(app) == [CALCULATOR]
+        finally:
+            serve_app.shutdown(app)
 
 
 def test_a_tool_that_does_not_start_on_a_cluster_is_taken_away_again(cluster, folder: Path):

@@ -46,6 +46,8 @@ def test_a_recipe_is_its_file_over_the_defaults(recipe: str) -> None:
         ("learner.lr=3.5E-4", lambda c: c.learner.lr, 3.5e-4),
         ("algo.whiten_advantages=false", lambda c: c.algo.whiten_advantages, False),
         ("algo.target_kl=null", lambda c: c.algo.target_kl, None),
+        ("policy.lora.rank=8", lambda c: (c.policy.lora.rank, c.policy.lora.target_modules), (8, "all-linear")),
+        ("policy.lora={}", lambda c: (c.policy.lora.rank, c.policy.lora.alpha), (16, 32)),
         ("learner.adam_betas=[0.8, 0.9]", lambda c: c.learner.adam_betas, (0.8, 0.9)),
         ("tools.names=[A, B]", lambda c: c.tools.names, ["A", "B"]),
         ("policy.path=org/name", lambda c: c.policy.path, "org/name"),
@@ -75,6 +77,7 @@ def test_an_unknown_key_is_named_with_its_value_and_the_allowed_keys(recipe: str
     assert "'train.steps'" in message
     assert "5" in message
     assert "num_steps, tasks_per_step, group_size" in message
+    assert "rank, alpha, target_modules" in complaint(recipe, "policy.lora.r=5")  # of a section that may be null
 
 
 def test_an_unknown_section_is_named_with_the_sections(recipe: str) -> None:
@@ -107,6 +110,13 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(recipe: str, overrid
         (["algo.advantage=grpo", "algo.kl_coef=0"], ["algo.advantage=grpo", "train.group_size=1", "set train.group_size=2"]),
         (["algo.advantage=rloo", "train.group_size=4"], ["algo.advantage=rloo", "algo.kl_in=reward", "set algo.kl_in=loss"]),
         (["algo.kl_in=loss"], ["algo.kl_estimator=k1", "algo.kl_in=loss", "set algo.kl_estimator=k2 or k3"]),
+        (["tools.custom.Mine=mine.py:Mine"], ["tools.custom.Mine", "tools.names=['SimpleCalculatorTool']", "add it there"]),
+        (["tools.app=x", "tools.options.SimpleCalculatorTool.a=1"], ["tools.app='x'", "tools.options={'Si", "set tools.options={} or"]),
+        (["tools.app=x", "tools.pools.SimpleCalculatorTool.num_cpus=1"], ["tools.pools={'SimpleCalculatorTool': {'num_cpus': 1.0}}"]),
+        (["tools.app=x", "tools.num_replicas=2"], ["tools.app='x'", "tools.num_replicas=2", "set tools.num_replicas=1 or tools.app=null"]),
+        (["tools.app=x", "tools.num_cpus=2"], ["tools.app='x'", "tools.num_cpus=2", "set tools.num_cpus=0.1 or"]),
+        (["tools.app=x", "tools.max_in_flight=2"], ["tools.app='x'", "tools.max_in_flight=2", "set tools.max_in_flight=64 or"]),
+        (["tools.app=x", "tools.start_timeout_s=2"], ["tools.app='x'", "tools.start_timeout_s=2", "set tools.start_timeout_s=120 or"]),
         (["eval.num_tasks=900"], ["eval.num_tasks=900", "task.num_heldout=500", "set task.num_heldout higher"]),
         (
             ["episode.max_context_tokens=4096"],
@@ -115,6 +125,10 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(recipe: str, overrid
         (
             ["algo.advantage=reinforce_pp", "policy.separate_critic=true"],
             ["algo.advantage=reinforce_pp", "policy.separate_critic=true", "set policy.separate_critic=false"],
+        ),
+        (
+            ["policy.lora.rank=4", "policy.separate_critic=true"],
+            ["policy.lora.rank=4", "policy.separate_critic=true", "or policy.lora=null"],
         ),
     ],
 )
@@ -244,6 +258,12 @@ def test_a_template_that_is_none_is_named_with_its_status() -> None:
     assert message.startswith("episode.shown.timeout='late: {result}' has a field that is neither {text} nor {tool}")
     shown = recipes.load("calculator", ["episode.shown={timeout: late}"]).episode.shown
     assert (shown["timeout"], shown["ok"]) == ("late", "{text}")
+
+
+def test_a_run_that_joins_a_service_is_saved_and_loaded_as_any_other(recipe: str, tmp_path: Path) -> None:
+    loaded = recipes.load(recipe, ["tools.app=x", "tools.max_queued=9", "tools.cache_size=9"])
+    (tmp_path / "config.yaml").write_text(recipes.dump(loaded))
+    assert recipes.load(str(tmp_path / "config.yaml")) == loaded
 
 
 @pytest.mark.parametrize("name", recipes.recipe_names())

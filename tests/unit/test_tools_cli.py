@@ -6,15 +6,25 @@ import io
 import json
 import shlex
 import socket
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from tests.unit.tools_in_process import InProcess, Notebook, over_http
 from toolrl_ray import cli, tools_access
+from tools_service.http_app import make_app
 
+ROOT = Path(__file__).resolve().parents[2]
 PYTHON_TOOL = '''
+import asyncio
+import time
+
+
 def weekday(date: str, short: bool = False) -> str:
     """Names the weekday of a date.
 
@@ -26,6 +36,23 @@ def weekday(date: str, short: bool = False) -> str:
 def fails(x: str) -> str:
     """Fails."""
     raise ValueError("a secret")
+
+
+class Slow:
+    name, description, idempotent = "Slow", "Starts in a minute.", True
+
+    async def start(self):
+        await asyncio.sleep(60)
+
+    def __call__(self, argument):
+        return argument
+
+
+class Blocks(Slow):
+    name = "Blocks"
+
+    def start(self):
+        time.sleep(0.2)
 '''
 
 
@@ -38,6 +65,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "own.yaml").write_text(
         "names: [Weekday, Fails]\ncustom: {Weekday: 'own.py:weekday', Fails: 'own.py:fails'}\npools: {Fails: {max_in_flight: 2}}\n"
     )
+    for name in ("Slow", "Blocks"):
+        (tmp_path / f"{name}.yaml").write_text(f"names: [{name}]\ncustom: {{{name}: 'own.py:{name}'}}\nstart_timeout_s: 0.1\n")
     (tmp_path / "bad.yaml").write_text("names: [1")
     (tmp_path / "key.yaml").write_text("nams: [SimpleCalculatorTool]")
     (tmp_path / "hammer.yaml").write_text("names: [Hammer]")
@@ -83,12 +112,15 @@ def run(command: str) -> int:
         ("tools call Weekday 1 --local --config none.yaml", ["none.yaml cannot be read"]),
         ("tools list --local --config bad.yaml", ["bad.yaml is not valid YAML"]),
         ("tools list --local --config key.yaml", ["key.yaml", "unknown key 'nams'"]),
-        ("tools list --local --config hammer.yaml", ["'Hammer'", "SimpleCalculatorTool"]),
+        ("tools list --local --config hammer.yaml", ["unknown tool 'Hammer' in names;", "SimpleCalculatorTool", "your own in custom"]),
+        ("tools list --local --config limit.yaml", [" options.PythonInterpreter={'wall_s': -1}: ", "wall_s=-1"]),
+        ("tools list --local --config Slow.yaml", ["tool Slow does not start: start_timeout_s=0.1 is over"]),
+        ("tools list --local --config Blocks.yaml", ["tool Blocks does not start: start_timeout_s=0.1 is over"]),
         ("tools serve --config none.yaml", ["none.yaml cannot be read"]),
         ("tools serve --config bad.yaml", ["bad.yaml is not valid YAML"]),
         ("tools serve --config key.yaml", ["key.yaml", "unknown key 'nams'"]),
-        ("tools serve --config hammer.yaml", ["'Hammer'", "SimpleCalculatorTool"]),
-        ("tools serve --config limit.yaml", ["PythonInterpreter", "wall_s=-1"]),
+        ("tools serve --config hammer.yaml", ["unknown tool 'Hammer' in names;", "SimpleCalculatorTool", "your own in custom"]),
+        ("tools serve --config limit.yaml", [" options.PythonInterpreter={'wall_s': -1}: ", "wall_s=-1"]),
         ("tools serve --port 70000", ["--port=70000", "65535"]),
         ("tools serve --port x", ["--port", "'x'"]),
         ("tools serve --no-http --port 8000", ["--no-http contradicts --port"]),
@@ -150,7 +182,7 @@ def test_the_argument_may_come_from_stdin(capsys: pytest.CaptureFixture[str], mo
 
 
 def test_the_python_tool_runs_in_its_sandbox_or_says_why_not(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "import os; print(os.environ.get(\"HOME\"), 6*7)"
+    code = 'import os; print(os.environ.get("HOME"), 6*7)'
     assert run(f"tools call PythonInterpreter {shlex.quote(code)} --local") == 0
     assert capsys.readouterr().out == "None 42\n"
     monkeypatch.setenv("PATH", "/nonexistent")
@@ -199,6 +231,40 @@ def test_a_bench_counts_its_calls(capsys: pytest.CaptureFixture[str]) -> None:
     assert float(rate.split()[1].replace(",", "")) > 0
     assert [word for word in latency.split() if word.startswith("p")] == ["p50", "p95", "p99"]
     assert status.split()[:2] == ["status", "tool_error"] and int(status.split()[2].replace(",", "")) >= 3
+
+
+@pytest.mark.parametrize(("end", "code"), [("stdin", 0), ("SIGTERM", 143)])
+def test_the_session_of_an_mcp_client_ends_with_its_command(end: str, code: int) -> None:
+    notebook = Notebook()
+    tools = InProcess(notebook)
+    client = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "t", "version": "1"}}
+    messages = [
+        {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": client},
+        {"jsonrpc": "2.0", "method": "notifications/initialized"},
+        {"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": {"name": "Notebook", "arguments": {"argument": "a"}}},
+    ]
+    with over_http(make_app(tools.infos, tools.gateway.call, tools.gateway.end_session)) as port:
+        command = [sys.executable, "-m", "toolrl_ray.cli", "tools", "mcp", "--address", f"http://127.0.0.1:{port}"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+            try:
+                assert process.stdin is not None and process.stdout is not None
+                process.stdin.write("".join(json.dumps(message) + "\n" for message in messages))
+                process.stdin.flush()
+                assert [json.loads(process.stdout.readline())["id"] for _ in range(2)] == [1, 2]
+                assert list(notebook.pages.values()) == [["a"]]
+                process.terminate() if end == "SIGTERM" else process.stdin.close()
+                assert process.wait(timeout=30) == code
+            finally:
+                process.kill()
+        assert ended(lambda: not notebook.pages)
+
+
+def ended(condition: Callable[[], bool]) -> bool:
+    """Whether what goes on in the background comes about."""
+    give_up = time.monotonic() + 10
+    while not condition() and time.monotonic() < give_up:
+        time.sleep(0.01)
+    return condition()
 
 
 def test_the_examples_that_are_shown_are_of_tools_that_exist() -> None:

@@ -9,7 +9,8 @@ from toolrl_ray.tasks import facts, triviaqa
 from toolrl_ray.tasks.triviaqa import guessed, tool_answer, tool_call
 from toolrl_ray.types import Task
 
-MARKERS = ("A2: <request>", "<request>", "<Wiki>", "<call>", "<response>", "<submit>", "Result=", "Q: ", "A: ", "A2: ")
+REQUEST = "A2: <request>"
+MARKERS = (REQUEST, "<request>", "<Wiki>", "<call>", "<response>", "<submit>", "Result=", "Q: ", "A: ", "A2: ")
 PIECES = (*facts.pieces(), *MARKERS)
 BUILT_ON = (facts, triviaqa)
 DRILL_MARKERS = ("Q: ", "\nResult=", "<response>", "<Wiki>", ", born in ")
@@ -34,14 +35,10 @@ class Demonstrations:
 
     def exercise(self) -> Row:
         person, kind = self._asked()
-        before, marker, call = (guessed(facts.DRAWS[kind](self._rng)) + tool_call(person.name)).partition("A2: <request>")
-        return [
-            Part(self._question(person, kind), False),
-            Part(before, True),
-            Part(marker, False),
-            Part(call, True),
-            *self._end(person, kind),
-        ]
+        call = tool_call(person.name).removeprefix(REQUEST)
+        # The guess is chance, and would drown out what there is to learn; the demonstrations show that there is one.
+        begun = [Part(self._question(person, kind), False), Part(guessed(facts.DRAWS[kind](self._rng)) + REQUEST, False)]
+        return [*begun, Part(call, True), *self._end(person, kind)]
 
     def drill(self) -> Row:
         return drill(self._rng, "abdefgiklmnoprstuvz", DRILL_MARKERS)

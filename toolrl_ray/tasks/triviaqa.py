@@ -91,10 +91,10 @@ def reward(trajectory: Trajectory) -> float:
 
 def first_20_words(trajectory: Trajectory) -> float:
     """For `task.reward=first_20_words`, ToolFormer's measure (Schick et al. 2023, arXiv:2302.04761, section 4.2.3): one of the answers
-    stands in the first 20 words of what the policy submitted, with `Result=` before it or not. Text that was not submitted earns nothing."""
+    stands in the first 20 words of what the policy submitted, with `Result=` before it or not. What was not submitted earns nothing."""
     if trajectory.stop_reason is not StopReason.SUBMITTED:
         return 0.0
-    words = trajectory.final_text.rpartition("<submit>")[0].rpartition("Result=")[2].split()
+    words = trajectory.final_text.partition("<submit>")[0].rpartition("Result=")[2].split()
     return answered(" ".join(words[:20]), trajectory.request.task)
 
 

@@ -1,0 +1,65 @@
+"""The tools of a run that is interrupted while they start: whatever the thread that starts them does, none stays on the cluster."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+
+import pytest
+
+from toolrl_ray import cluster
+
+
+def interrupted(job) -> Future:
+    """The outcome of a job that goes on while another one fails."""
+
+    def fails() -> None:
+        raise RuntimeError("the engine does not start")
+
+    start: Future = Future()
+    with pytest.raises(RuntimeError, match="the engine does not start"):
+        cluster._all_at_once({start: job, Future(): fails})
+    return start
+
+
+def test_tools_that_are_deployed_after_the_interrupt_are_removed_too() -> None:
+    deployed, deploy, end = set(), threading.Event(), threading.Event()
+
+    def job() -> None:
+        deploy.wait(30)
+        deployed.add("tools")
+        end.wait(30)  # for the tools to answer, which they never do
+
+    def is_there() -> bool:
+        there = bool(deployed)
+        deploy.set()
+        return there
+
+    start = interrupted(job)
+    try:
+        assert cluster._remove_deployed(start, is_there, deployed.clear, 30.0)
+        assert deploy.is_set() and not deployed
+    finally:
+        end.set()
+
+
+def test_a_start_that_has_failed_is_not_waited_for() -> None:
+    start: Future = Future()
+    start.set_running_or_notify_cancel()
+    start.set_exception(ValueError("no such tool"))
+    assert cluster._remove_deployed(start, lambda: False, pytest.fail, 1e9)
+
+
+def test_a_start_that_has_not_begun_never_does() -> None:
+    start: Future = Future()
+    assert cluster._remove_deployed(start, lambda: False, pytest.fail, 1e9)
+    assert not start.set_running_or_notify_cancel()
+
+
+def test_a_start_that_takes_too_long_is_not_waited_for_any_more() -> None:
+    end = threading.Event()
+    start = interrupted(lambda: end.wait(30))
+    try:
+        assert not cluster._remove_deployed(start, lambda: False, pytest.fail, 0.0)
+    finally:
+        end.set()
