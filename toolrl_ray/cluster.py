@@ -22,6 +22,7 @@ from tools_service.serve_handles import ReplicaStats
 
 log = logging.getLogger(__name__)
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
+SEED_STRIDE = 1_000_003  # between the engines of one run: further apart than the seeds of a study
 CONNECT_S = 10.0
 REMOVE_S, REMOVE_POLL_S = 30.0, 0.2
 
@@ -140,6 +141,12 @@ def ray_parts(config: RunConfig, policy_dir: str, say: Callable[[str], None], *,
     return Parts(pool, learner_group, weights, close)
 
 
+def own_seed(config: RunConfig, index: int) -> RunConfig:
+    """For the RolloutActor of that number. On GPUs engines of one seed could give two episodes of a group the same draws; on CPU every
+    completion draws for itself, and the same in any engine."""
+    return config.model_copy(update={"seed": config.seed + index * SEED_STRIDE}) if config.rollout.num_gpus else config
+
+
 def _actors(
     config: RunConfig, policy_dir: str, app_name: str, group: Any, rollout_bundles: list[int], learner_bundles: list[int]
 ) -> tuple[list[Any], list[Any]]:
@@ -152,9 +159,9 @@ def _actors(
     rollout_class, learner_class = ray.remote(RolloutActor), ray.remote(LearnerActor)
     rollout_actors = [
         rollout_class.options(**_where(group, bundle, config.rollout), **rollout_options).remote(
-            config, policy_dir, select_backend(config), app_name
+            own_seed(config, index), policy_dir, select_backend(config), app_name
         )
-        for bundle in rollout_bundles
+        for index, bundle in enumerate(rollout_bundles)
     ]
     learners = [
         learner_class.options(**_where(group, bundle, config.learner)).remote(config, policy_dir, rank, len(learner_bundles))

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 import pytest
 
 from toolrl_ray import cluster
+from toolrl_ray.recipe import load
 
 
 def interrupted(job) -> Future:
@@ -63,3 +64,11 @@ def test_a_start_that_takes_too_long_is_not_waited_for_any_more() -> None:
         assert not cluster._remove_deployed(start, lambda: False, pytest.fail, 0.0)
     finally:
         end.set()
+
+
+def test_engines_on_gpus_have_seeds_of_their_own_and_those_on_cpu_the_runs() -> None:
+    config = load("calculator", ["seed=3"])
+    on_gpu = load("calculator", ["seed=3", "rollout.num_gpus=1", "learner.num_gpus=1"])
+    assert [cluster.own_seed(config, index).seed for index in range(3)] == [3, 3, 3]
+    seeds = [cluster.own_seed(on_gpu, index).seed for index in range(3)]
+    assert seeds[0] == 3 and len(set(seeds)) == 3
