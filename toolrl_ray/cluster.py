@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
 SEED_STRIDE = 1_000_003  # between the engines of one run: further apart than the seeds of a study
 CONNECT_S = 10.0
-REMOVE_S, REMOVE_POLL_S = 30.0, 0.2
+REMOVE_S, REMOVE_POLL_S, END_S = 30.0, 0.2, 1.0
 
 
 def connect(config: RunConfig, say: Callable[[str], None], *, learner: bool = True, verbose: bool = False) -> None:
@@ -111,7 +111,7 @@ def ray_parts(config: RunConfig, policy_dir: str, say: Callable[[str], None], *,
 
         # The tools first: Serve is detached and would outlive this job, the actors would not.
         for what, undo in [
-            *([] if config.tools.app else [("the tools", lambda: _remove_tools(app_name, tools_start))]),
+            *([] if config.tools.app else [("the tools", lambda: _remove_tools(app_name, tools_start, say))]),
             *((f"actor {actor}", lambda actor=actor: ray.kill(actor)) for actor in [*rollout_actors, *learners]),
             ("the placement group", lambda: ray.util.remove_placement_group(group)),
         ]:
@@ -177,7 +177,7 @@ def _where(group: Any, bundle: int, share: RolloutConfig | LearnerConfig) -> dic
     return {"num_cpus": share.num_cpus, "num_gpus": share.num_gpus, "scheduling_strategy": strategy}
 
 
-def _remove_tools(app_name: str, start: Future[Any]) -> None:
+def _remove_tools(app_name: str, start: Future[Any], say: Callable[[str], None]) -> None:
     """Serve drains and removes them by itself. start: of the job that starts them."""
     from ray import serve
 
@@ -187,6 +187,8 @@ def _remove_tools(app_name: str, start: Future[Any]) -> None:
         return app_name in serve.status().applications
 
     wait_s = REMOVE_S if os.environ.get("RAY_ADDRESS") else 0.0  # a Ray of one's own ends anyway, and all that runs on it
+    if wait_s and start.running():
+        say("the tools are still starting; waiting to take them down again")
     if not _remove_deployed(start, is_there, lambda: stop_tools(app_name, wait=False), wait_s) and wait_s:
         log.warning("the tools may yet start on the cluster; if so, end them with: toolrl tools stop --app %s", app_name)
 
@@ -200,6 +202,7 @@ def _remove_deployed(start: Future[Any], is_there: Callable[[], bool], remove: C
         is_over = start.done()  # asked first: what is not there afterwards never comes
         if is_there():
             remove()
+            wait([start], timeout=END_S)  # for it to see that, before Ray is gone
             return True
         if is_over or time.monotonic() >= give_up:
             return is_over

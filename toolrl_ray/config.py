@@ -138,8 +138,6 @@ class ToolsConfig(ToolSet):
                 value = self.model_dump(exclude_unset=True)[key]
                 remedy = f"the running service has its own; set tools.{key}={default} or tools.app=null"
                 raise ValueError(f"tools.app={self.app!r} contradicts tools.{key}={value}: {remedy}")
-        if unused := [name for name in self.custom if name not in self.names]:
-            raise ValueError(f"tools.custom.{unused[0]} contradicts tools.names={self.names}: add it there or take it away")
         return self
 
 

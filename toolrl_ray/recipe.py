@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from toolrl_ray.config import RunConfig
 from toolrl_ray.errors import ConfigError
+from tools_service.config import allowed_keys
 
 RECIPES = Path(__file__).parent / "recipes"
 EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
@@ -65,23 +66,12 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     tree[last] = value
 
 
-def _allowed_keys(location: tuple[Any, ...]) -> list[str]:
-    section: Any = RunConfig
-    for name in location:
-        field = section.model_fields.get(name)
-        kinds = (field.annotation, *get_args(field.annotation)) if field else ()  # a section may be null
-        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-        if section is None:
-            return []
-    return list(section.model_fields)
-
-
 def _first_line(error: ValidationError) -> str:
     """pydantic's first complaint as one line: key, value, what is allowed."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        allowed = ", ".join(_allowed_keys(first["loc"][:-1]))
+        allowed = ", ".join(allowed_keys(RunConfig, first["loc"][:-1]))
         return f"unknown key {key!r} (value {first['input']!r}); allowed there: {allowed}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error" and not isinstance(first["input"], (str, int, float)):

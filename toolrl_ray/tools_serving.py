@@ -83,7 +83,10 @@ def stop(app: str, address: str, say: Say, verbose: bool) -> None:
         if app not in there:
             raise UserError(f"no application {app!r} on this cluster; applications: {', '.join(there) or 'none'}")
         say(f"stopping {app}")
-        serve_app.shutdown(app)
+        try:
+            serve_app.shutdown(app)
+        except serve_app.ServiceError as error:
+            raise UserError(str(error)) from None
         if _serve_is_ours() and not serve.status().applications:
             serve.shutdown()
         say("stopped")

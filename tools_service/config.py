@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -106,7 +106,7 @@ class ToolSet(Section):
     def _known_names(self) -> ToolSet:
         if len(set(self.names)) < len(self.names):
             raise ValueError(f"{self.prefix}names={self.names} holds a name twice")
-        for section in ("options", "pools"):
+        for section in ("custom", "options", "pools"):
             for name in getattr(self, section):
                 if name not in self.names:
                     names = f"{self.prefix}names={self.names}"
@@ -141,6 +141,21 @@ def absolute_spec(spec: str) -> str:
     return f"{Path(os.path.expanduser(path)).absolute()}{separator}{name}"
 
 
+def allowed_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """The keys of the section at `location` in a tree of `model`; [] where there is none."""
+    section: Any = model
+    rest = list(location)
+    while rest:
+        field = section.model_fields.get(rest.pop(0))
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()  # a section may be null, or one of several by name
+        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if section is None:
+            return []
+        if get_origin(field.annotation) is dict:
+            rest = rest[1:]
+    return list(section.model_fields)
+
+
 def load(path: str | Path) -> ServiceConfig:
     """The service that a YAML file describes. Raises ServiceConfigError with one line."""
     try:
@@ -162,7 +177,8 @@ def parse(tree: dict[str, Any], source: str) -> ServiceConfig:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise ServiceConfigError(f"{source}: unknown key {key!r} (value {first['input']!r})") from None
+            allowed = ", ".join(allowed_keys(ServiceConfig, first["loc"][:-1]))
+            raise ServiceConfigError(f"{source}: unknown key {key!r} (value {first['input']!r}); allowed there: {allowed}") from None
         message = first["msg"].removeprefix("Value error, ")
         value = f"={first['input']!r}" if isinstance(first["input"], str | int | float) else ""
         raise ServiceConfigError(f"{source}: {key}{value}: {message}" if key else f"{source}: {message}") from None

@@ -82,6 +82,8 @@ def start(
     target = serve.api.RunTarget(application, name=app_name, route_prefix="/" if http else None)
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     while (state := _state(app_name))[0] != "RUNNING":
+        if state[0] == "DELETING":
+            raise ServiceError(f"the tools application {app_name!r} was removed while it started")
         failure = _start_failure(app_name)
         if failure or state[0] == "DEPLOY_FAILED" or time.monotonic() > deadline:
             free = ray.available_resources().get("CPU", 0.0)
@@ -154,7 +156,7 @@ def _start_serve(http: HttpConfig | None) -> None:
     asked = {"host": http.host, "port": http.port}
     serve.start(proxy_location="HeadOnly", http_options=asked, controller_options=environment)
     there = serve.context._get_global_client().http_config  # what Serve on this cluster was started with first
-    if there.location in ("NoServer", "Disabled"):
+    if not serve.status().proxies:
         raise ServiceError("Serve runs on this cluster without its HTTP proxy already; end it there (serve shutdown) or leave http out")
     if (there.host, there.port) != (http.host, http.port):
         raise ServiceError(f"Serve's HTTP proxy runs at {there.host}:{there.port} on this cluster already; ask for that address")

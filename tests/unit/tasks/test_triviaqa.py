@@ -181,3 +181,13 @@ def test_the_warm_start_shows_no_held_out_person_and_fits_the_tiny_context() -> 
         assert not triviaqa.held_out(name)
         used += "<request>" in "".join(part.text for part in rows.demonstration())
     assert 0.3 < used / 300 < 0.5
+
+
+def test_the_exercises_train_the_call_and_the_answer_and_the_drills_hold_the_words_of_passages() -> None:
+    rows = bootstrap.Demonstrations(0, 0.4, 0, frozenset())
+    call, found, answer = rows.exercise()[-3:]
+    name, kept = call.text.removeprefix("<Wiki>").removesuffix("<call>"), answer.text.removeprefix("\nResult=").removesuffix("<submit>")
+    assert (call.trained, found.trained, answer.trained) == (True, False, True)
+    assert name in found.text and kept in found.text
+    drilled = "".join(part.text for _ in range(100) for part in rows.drill() if part.trained)
+    assert all(word in drilled for word in (*facts.TRADES, *facts.INSTRUMENTS))

@@ -25,7 +25,10 @@ def test_a_service_is_read_from_its_file(tmp_path):
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"name": ["A"]}, "F: unknown key 'name' (value ['A'])"),
+        ({"name": ["A"]}, "F: unknown key 'name' (value ['A']); allowed there: names, custom, options, pools, start_timeout_s, app, http"),
+        ({"http": {"prt": 1}}, "F: unknown key 'http.prt' (value 1); allowed there: host, port"),
+        ({"pools": {CALCULATOR: {"min": 1}}}, f"F: unknown key 'pools.{CALCULATOR}.min' (value 1); allowed there: min_replicas, max_rep"),
+        ({"custom": {"B": "b.py:B"}}, f"F: custom.B contradicts names=['{CALCULATOR}']: no such tool; add it there or take it away"),
         ({"names": []}, "F: names: List should have at least 1 item"),
         ({"names": ["A", "A"]}, "F: names=['A', 'A'] holds a name twice"),
         ({"names": ["A"], "pools": {"B": {}}}, "F: pools.B contradicts names=['A']: no such tool"),
@@ -67,7 +70,10 @@ def test_the_old_keys_are_the_defaults_of_every_pool():
         (["tools.pools.Other.num_cpus=1"], f"tools.pools.Other contradicts tools.names=['{CALCULATOR}']"),
         (["tools.names=[A, A]"], "tools.names=['A', 'A'] holds a name twice"),
         (["tools.num_replicas=3", f"tools.pools.{CALCULATOR}.max_replicas=2"], f"tools.pools.{CALCULATOR}: max_replicas=2 contradicts"),
-        (["tools.app=shared", "tools.custom.Mine=mine.py:Mine"], "tools.app='shared' contradicts tools.custom={'Mine': "),
+        (
+            ["tools.app=shared", "tools.names=[Mine]", "tools.custom.Mine=mine.py:Mine"],
+            "tools.app='shared' contradicts tools.custom={'Mine': ",
+        ),
         (["tools.cache_size=-1"], "tools.cache_size=-1: input should be greater than or equal to 0"),
     ],
 )
