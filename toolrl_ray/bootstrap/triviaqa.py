@@ -13,6 +13,7 @@ REQUEST = "A2: <request>"
 MARKERS = (REQUEST, "<request>", "<Wiki>", "<call>", "<response>", "<submit>", "Result=", "Q: ", "A: ", "A2: ")
 PIECES = (*facts.pieces(), *MARKERS)
 BUILT_ON = (facts, triviaqa)
+FAVOURITES = (*"abdefgiklmnoprstuvz", *facts.TRADES, *facts.INSTRUMENTS)  # to copy a word that is one token has to be learned apart
 DRILL_MARKERS = ("Q: ", "\nResult=", "<response>", "<Wiki>", ", born in ")
 
 
@@ -35,13 +36,13 @@ class Demonstrations:
 
     def exercise(self) -> Row:
         person, kind = self._asked()
+        # The guess is chance and would drown out what there is to learn; that there is one, the demonstrations show.
+        begun = guessed(facts.DRAWS[kind](self._rng)) + REQUEST
         call = tool_call(person.name).removeprefix(REQUEST)
-        # The guess is chance, and would drown out what there is to learn; the demonstrations show that there is one.
-        begun = [Part(self._question(person, kind), False), Part(guessed(facts.DRAWS[kind](self._rng)) + REQUEST, False)]
-        return [*begun, Part(call, True), *self._end(person, kind)]
+        return [Part(self._question(person, kind), False), Part(begun, False), Part(call, True), *self._end(person, kind)]
 
     def drill(self) -> Row:
-        return drill(self._rng, "abdefgiklmnoprstuvz", DRILL_MARKERS)
+        return drill(self._rng, FAVOURITES, DRILL_MARKERS)
 
     def _question(self, person: facts.Person, kind: str) -> str:
         return triviaqa.render_prompt(Task("", facts.QUESTIONS[kind].format(name=person.name), person.facts[kind], ""), self._few_shot)
