@@ -57,8 +57,9 @@ def _tools():
     return {"Notebook": Notebook, "Refuser": Refuser}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def url(cluster):
+    """A service for one test: with another's requests behind it, its proxy was seen to refuse none of the surplus."""
     pools = {"Notebook": PoolConfig(min_replicas=2, max_in_flight=HOME_IN_FLIGHT)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(serve_app, "HTTP_IN_FLIGHT", HTTP_IN_FLIGHT)
