@@ -13,6 +13,7 @@ tasks that may not meet in training and held-out set have in common), `BUILT_ON`
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,8 +43,9 @@ class Demonstrations(Protocol):
     def drill(self) -> Row: ...
 
 
-def drill(rng: random.Random, favourites: str, markers: tuple[str, ...]) -> Row:
-    """A random string three times, each behind a random marker. favourites: characters that 40 % of the strings are made of."""
+def drill(rng: random.Random, favourites: Sequence[str], markers: tuple[str, ...]) -> Row:
+    """A random string three times, each behind a random marker. favourites: characters or words that
+    40 % of the strings are made of."""
     characters = CHARACTERS if rng.random() < 0.6 else favourites
     text = "".join(rng.choice(characters) for _ in range(rng.randint(3, MAX_DRILL_CHARACTERS)))
     row = []

@@ -64,6 +64,8 @@ def load_tasks(config: TaskConfig) -> tuple[list[Task], list[Task]]:
 
     Raises ConfigError when there are fewer tasks than asked for, or a line of the file is not as it must be.
     """
+    if config.source == "triviaqa":
+        raise ConfigError("task.source='triviaqa' is none of this task's; sources: generated, gsm8k")
     if config.source == "generated":
         return _generated(config)
     rows = _rows_of_file(Path(config.path)) if config.path else _rows_of_hub()

@@ -212,3 +212,8 @@ def test_gsm8k_splits_share_no_expression_and_every_answer_can_be_reached(gsm8k_
     unreachable = [t.prompt for t in train + heldout if policy_said(f"Result={calculate(t.prompt)}<submit>", t.answer) != 1.0]
     assert unreachable == []
     assert load_tasks(config) == (train, heldout)
+
+
+def test_a_source_of_another_task_is_refused() -> None:
+    with pytest.raises(ConfigError, match="sources: generated, gsm8k"):
+        load_tasks(TaskConfig(source="triviaqa"))
