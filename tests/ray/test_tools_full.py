@@ -117,15 +117,19 @@ def test_a_session_whose_home_is_full_waits_for_it_and_holds_up_no_other(client,
 
 
 def test_requests_beyond_the_proxys_queue_are_503_in_one_line(client, tmp_path):
-    until_then, num = tmp_path / "go", 8
+    # Serve promises a bound, not its exact place: a request that a full replica gave back is for a moment neither in flight nor queued.
+    until_then, num = tmp_path / "go", 32
+    most = 2 * (HTTP_IN_FLIGHT + HTTP_QUEUED)
     call = {"argument": str(until_then), "deadline_s": TIMEOUT_S}
     with ThreadPoolExecutor(num) as threads:
         asked = [threads.submit(client.post, "/v1/tools/Notebook/call", json=call) for _ in range(num)]
-        until(lambda: sum(future.done() for future in asked) >= num - HTTP_IN_FLIGHT - HTTP_QUEUED)
-        until_then.touch()
+        try:
+            until(lambda: sum(future.done() for future in asked) >= num - most)
+        finally:
+            until_then.touch()
         answers = [future.result(timeout=TIMEOUT_S) for future in asked]
     refused = [answer for answer in answers if answer.status_code != 200]
-    assert num - HTTP_IN_FLIGHT - HTTP_QUEUED <= len(refused) < num
+    assert num - most <= len(refused) < num
     assert {(answer.status_code, answer.headers["retry-after"]) for answer in refused} == {(503, "1")}
     assert all(answer.text.startswith("Request dropped") and "\n" not in answer.text for answer in refused)
     assert {answer.json()["status"] for answer in answers if answer.status_code == 200} == {"ok"}
