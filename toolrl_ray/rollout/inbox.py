@@ -17,8 +17,9 @@ LINGER_S = 0.1  # finished episodes are handed over together with those that fin
 
 
 class Inbox:
-    """Episodes start, with no round trip, as long as fewer than `max_in_flight` sample: one that waits for a tool leaves its place to
-    another, so that slow tools leave the engine no less to do. So up to all that was submitted may be under way.
+    """Episodes start, with no round trip, as long as fewer than `max_in_flight`, and an eighth more, sample: one that waits for a tool
+    leaves its place to another, so that slow tools leave the engine no less to do. So up to all that was submitted may be under way.
+    The engine runs `max_in_flight` at once; the others wait in its own queue and take a free place at the very next step.
 
     run: runs one episode to its end, sampling only through `sampling(generate)`.
     """
@@ -26,14 +27,14 @@ class Inbox:
     def __init__(self) -> None:
         self.run: Callable[[EpisodeRequest, float], Awaitable[Trajectory]]
         self._waiting: deque[tuple[EpisodeRequest, float]] = deque()
-        self._max_in_flight = 1
+        self._places = 1
         self._running: set[asyncio.Task[None]] = set()
         self._away: set[asyncio.Task[None]] = set()  # those between two completions
         self._finished: list[Outcome] = []
         self._some = asyncio.Event()
 
     def submit(self, requests: list[EpisodeRequest], temperature: float, max_in_flight: int) -> None:
-        self._max_in_flight = max_in_flight
+        self._places = max_in_flight + max_in_flight // 8
         self._waiting.extend((request, temperature) for request in requests)
         self._start()
 
@@ -51,7 +52,7 @@ class Inbox:
         return in_place
 
     def _start(self) -> None:
-        while self._waiting and len(self._running) - len(self._away) < self._max_in_flight:
+        while self._waiting and len(self._running) - len(self._away) < self._places:
             task = asyncio.create_task(self._run(*self._waiting.popleft()))
             self._running.add(task)
             task.add_done_callback(self._ended)

@@ -71,6 +71,7 @@ class VLLMEngine:
             enable_chunked_prefill=None if on_gpu else False,
         )
         self._llm = AsyncLLM.from_engine_args(args)
+        self._sampling = functools.lru_cache(maxsize=1024)(self._new_sampling)
         self._ids = itertools.count()
 
     async def ready(self, policy_version: int) -> None:
@@ -98,12 +99,35 @@ class VLLMEngine:
     def _seeded(self, params: SamplingParams) -> Any:
         """On CPU each completion draws for itself, whatever shares its batch, so that the same seed repeats a run. On a GPU that costs a
         kernel for every request and token: there all draw from the engine's generator, in an order that depends on timing."""
-        sampling = _sampling(params)
+        sampling = self._sampling(params.temperature, params.max_tokens, params.stop)
         if params.seed is None or not self._draws_apart:
             return sampling
         own = copy.copy(sampling)
         own.seed = zlib.crc32(f"{self._seed}/{params.seed}".encode())
         return own
+
+    def _new_sampling(self, temperature: float, max_tokens: int, stop: tuple[str, ...]) -> Any:
+        """Kept for the next turn of the same kind, because vLLM checks every field of a new one.
+
+        vLLM finds stop strings in the process that reads the engine's output, a step too late for the engine: the request is computed
+        once more and then called off. A stop string that is one token of the vocabulary is also given as a token, which the engine sees itself.
+        """
+        from vllm import SamplingParams as VLLMSamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        encoded = [self._llm.get_tokenizer().encode(text, add_special_tokens=False) for text in stop]
+        return VLLMSamplingParams(
+            temperature=temperature,
+            max_tokens=max_tokens,
+            stop=list(stop),
+            stop_token_ids=[token_ids[0] for token_ids in encoded if len(token_ids) == 1],
+            include_stop_str_in_output=True,
+            skip_special_tokens=False,
+            logprobs=0,  # of the sampled token alone
+            flat_logprobs=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,
+        )
 
     async def score(self, token_ids: list[int]) -> list[float]:
         """Log-probabilities of tokens 1 .. L-1 given those before them, at temperature 1: a proof of which weights are loaded."""
@@ -165,24 +189,6 @@ def _leave_logprobs_undecoded() -> None:
         make = LogprobsProcessor.from_new_request
         LogprobsProcessor.from_new_request = lambda tokenizer, request: make(None, request)
         LogprobsProcessor.toolrl = True
-
-
-@functools.lru_cache(maxsize=1024)  # vLLM checks every field of a new one, and most turns are sampled alike
-def _sampling(params: SamplingParams) -> Any:
-    from vllm import SamplingParams as VLLMSamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return VLLMSamplingParams(
-        temperature=params.temperature,
-        max_tokens=params.max_tokens,
-        stop=list(params.stop),
-        include_stop_str_in_output=True,
-        skip_special_tokens=False,
-        logprobs=0,  # of the sampled token alone
-        flat_logprobs=True,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-        skip_clone=True,
-    )
 
 
 def _completion(output: Any, current_version: int) -> Completion:
