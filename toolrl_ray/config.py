@@ -10,17 +10,11 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from toolrl_ray.config_task import TaskConfig
 from toolrl_ray.contradictions import contradictions
 from toolrl_ray.episode.shown import SHOWN, check_template
 from tools_service.config import PoolConfig, Section, ToolSet
 from tools_service.protocol import ToolStatus
-
-
-def _absolute(spec: str | None) -> str | None:
-    """Files are named absolutely, because the processes that read them have folders of their own."""
-    if spec is None or not ("/" in spec or ".py" in spec or spec.endswith(".jsonl")):
-        return spec
-    return str(Path(os.path.expanduser(spec)).absolute())
 
 
 class LoraConfig(Section):
@@ -62,54 +56,6 @@ class BootstrapConfig(Section):
     lr: float = Field(2e-3, gt=0)
     tool_share: float = Field(0.4, ge=0, lt=0.5)  # demonstrations that use the tool; the others guess
     seed: int = 0
-
-
-class TaskSource(Section):
-    """Which problems. `module` names the task itself: an importable module or a .py file, see tasks/module.py. `generated` ones are made
-    from the seed; those of `gsm8k` and `triviaqa` come from `path`, local data in the form that the module tells, or else from the Hub."""
-
-    module: str = "toolrl_ray.tasks.calculator"
-    source: Literal["generated", "gsm8k", "triviaqa"] = "generated"
-    path: str | None = None
-    num_train: int = Field(4096, ge=1)
-    num_heldout: int = Field(500, ge=1)
-    few_shot: int = Field(0, ge=0, le=4)
-    reward: str = Field("reward", min_length=1)  # the function of the module that scores an episode
-    seed: int = 0
-
-    @field_validator("module", "path")
-    @classmethod
-    def _absolute(cls, value: str | None) -> str | None:
-        return _absolute(value)
-
-    @model_validator(mode="after")
-    def _path_only_for_files(self) -> TaskSource:
-        if self.path is not None and self.source == "generated" and self.module == "toolrl_ray.tasks.calculator":
-            raise ValueError(f"task.path={self.path!r} contradicts task.source='generated', which reads no file; set task.source=gsm8k")
-        return self
-
-
-class TaskPart(TaskSource):
-    """One task of several. weight: its share of the tasks, training and held-out alike, beside the weights of the others."""
-
-    weight: float = Field(1.0, gt=0)
-
-
-class TaskConfig(TaskSource):
-    """One task, or several in one run (`parts`, by name), of which num_train and num_heldout are then the sums; see tasks/mixed.py."""
-
-    parts: dict[str, TaskPart] = {}
-
-    @model_validator(mode="after")
-    def _parts_or_one(self) -> TaskConfig:
-        for key in ("module", "source", "path", "few_shot", "reward"):
-            if self.parts and (value := getattr(self, key)) != TaskSource.model_fields[key].default:
-                raise ValueError(f"task.{key}={value!r} contradicts task.parts: set it in a part, or take one of them away")
-        for name, part in self.parts.items():
-            for key in ("num_train", "num_heldout"):
-                if (value := getattr(part, key)) != TaskSource.model_fields[key].default:
-                    raise ValueError(f"task.parts.{name}.{key}={value} contradicts task.{key}: a part has its share by its weight")
-        return self
 
 
 class ToolsConfig(ToolSet):
@@ -237,14 +183,38 @@ class LearnerConfig(Section):
 
 
 class WeightsConfig(Section):
+    """kv_cache: of episodes that are under way when new weights come. recompute: by the new weights. keep: what the old ones computed
+    stays, of their prompts too: cheaper, and a little off the policy that the tokens are then said to be of."""
+
     backend: Literal["auto", "object_store", "nccl", "ipc"] = "auto"
+    kv_cache: Literal["recompute", "keep"] = "recompute"
     timeout_s: float = Field(300, gt=0)  # per phase
+
+
+class StreamConfig(Section):
+    """Between rollout and learner, see stream/. max_staleness_steps: how many updates older than the weights that a batch updates its
+    oldest token may be; 0 collects, updates and syncs in turn, more lets rollout run ahead."""
+
+    max_staleness_steps: int = Field(0, ge=0)
+    filter_zero_signal: bool = False  # a group whose episodes all have the same reward is replaced by another task's
+    max_filtered: int = Field(256, ge=1)  # groups per step; those above it are trained on as they are
+    group_deadline_s: float | None = Field(None, gt=0)  # then a group goes without its late episodes, or not at all
+    group_quorum: int = Field(2, ge=1)  # finished episodes with which it goes
+
+
+class CheckpointConfig(Section):
+    """Whole checkpoints in the run folder, from which `toolrl train --resume` and a lost learner go on."""
+
+    every_steps: int = Field(10, ge=0)  # 0: none
+    keep_last: int = Field(2, ge=1)  # besides the best by evaluation
 
 
 class TrainConfig(Section):
     num_steps: int = Field(40, ge=0)
     tasks_per_step: int = Field(64, ge=1)
     group_size: int = Field(1, ge=1)  # episodes per task
+    stall_timeout_s: float = Field(1800, gt=0)  # nothing finished for so long: the run ends and says who waits for whom
+    max_learner_restarts: int = Field(3, ge=0)  # with no checkpoint written in between
 
 
 class EvalConfig(Section):
@@ -282,6 +252,8 @@ class RunConfig(Section):
     algo: AlgoConfig = AlgoConfig()
     learner: LearnerConfig = LearnerConfig()
     weights: WeightsConfig = WeightsConfig()
+    stream: StreamConfig = StreamConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -20,7 +20,8 @@ from types import ModuleType
 from typing import Any
 
 from toolrl_ray.bootstrap.mixed import Mixed
-from toolrl_ray.config import RunConfig, TaskSource
+from toolrl_ray.config import RunConfig
+from toolrl_ray.config_task import TaskSource
 from toolrl_ray.errors import ConfigError
 from toolrl_ray.tasks.module import task_module
 

@@ -6,7 +6,7 @@ import random
 from types import ModuleType
 
 from toolrl_ray.bootstrap.rows import Demonstrations, Row
-from toolrl_ray.config import TaskPart
+from toolrl_ray.config_task import TaskPart
 from toolrl_ray.types import Task
 
 SEPARATOR = "/"

@@ -110,7 +110,7 @@ class VLLMEngine:
         """Kept for the next turn of the same kind, because vLLM checks every field of a new one.
 
         vLLM finds stop strings in the process that reads the engine's output, a step too late for the engine: the request is computed
-        once more and then called off. A stop string that is one token of the vocabulary is also given as a token, which the engine sees itself.
+        once more and then called off. A stop string that is one token is also given as a token, which the engine sees itself.
         """
         from vllm import SamplingParams as VLLMSamplingParams
         from vllm.sampling_params import RequestOutputKind

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from toolrl_ray.config import TaskConfig, TaskPart
+from toolrl_ray.config_task import TaskConfig, TaskPart
 from toolrl_ray.errors import ConfigError
 from toolrl_ray.types import Task, Trajectory
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Protocol, cast
 
-from toolrl_ray.config import TaskConfig, TaskSource
+from toolrl_ray.config_task import TaskConfig, TaskSource
 from toolrl_ray.errors import ConfigError
 from toolrl_ray.types import Task, Trajectory
 from tools_service.loading import LoadingError, load_module

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from toolrl_ray.bootstrap.build import demonstrations_of
-from toolrl_ray.config import RunConfig, TaskConfig, TaskPart
+from toolrl_ray.config import RunConfig
+from toolrl_ray.config_task import TaskConfig, TaskPart
 from toolrl_ray.errors import ConfigError
 from toolrl_ray.tasks.mixed import shares
 from toolrl_ray.tasks.module import load_tasks, task_module
