@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import signal
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 from toolrl_ray import eval_cli, sweep_cli, tools_cli
@@ -32,30 +34,29 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.run(options)
     except UserError as error:
-        return _refuse(str(error))
+        return _end(" ".join(str(error).splitlines()), EXIT_USER, error)
     except ModuleNotFoundError as error:
         from toolrl_ray import preflight
 
         package = (error.name or "").partition(".")[0]
         if package not in preflight.STACK:
             raise
-        return _refuse(str(preflight.not_installed(package)))
+        return _end(str(preflight.not_installed(package)), EXIT_USER, error)
     except ToolRLError as error:
         if options.verbose:
             raise
-        print(f"toolrl: {type(error).__name__}: {error}", file=sys.stderr)
-        return EXIT_ERROR
-    except KeyboardInterrupt:
-        print("toolrl: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except Terminated:
-        print("toolrl: terminated", file=sys.stderr)
-        return EXIT_TERMINATED
+        return _end(f"{type(error).__name__}: {error}", EXIT_ERROR, error)
+    except KeyboardInterrupt as error:
+        return _end("interrupted", EXIT_INTERRUPTED, error)
+    except Terminated as error:
+        return _end("terminated", EXIT_TERMINATED, error)
 
 
-def _refuse(message: str) -> int:
-    print(f"toolrl: {' '.join(message.splitlines())}", file=sys.stderr)
-    return EXIT_USER
+def _end(message: str, code: int, error: BaseException) -> int:
+    """error: its notes come last, as they do in a traceback."""
+    for line in [message, *getattr(error, "__notes__", [])]:
+        print(f"toolrl: {line}", file=sys.stderr)
+    return code
 
 
 class Parser(argparse.ArgumentParser):
@@ -99,7 +100,11 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help="for example train.num_steps=10")
         return sub
 
-    train = command("train", _train, "Train a policy by a recipe.")
+    train = command("train", _train, "Train a policy by a recipe, or go on with a run that was interrupted.", recipe=False)
+    train.usage = "toolrl train [--in-process] [--verbose] (RECIPE | --resume RUN_DIR) [key.path=value ...]"
+    words = "name of a recipe, or a path to a .yaml file; then overrides, for example train.num_steps=10"
+    train.add_argument("overrides", nargs="*", default=[], metavar="RECIPE", help=words)  # which comes first: see _run_folder
+    train.add_argument("--resume", metavar="RUN_DIR", help="go on from the newest checkpoint of that run")
     train.add_argument("--in-process", action="store_true", help="no Ray, one process: for debugging")
     eval_cli.add_command(command)
     command("bootstrap", _bootstrap, "Make and warm-start the tiny policy of a recipe; prints its folder.")
@@ -162,17 +167,16 @@ def with_parts(config: Any, options: argparse.Namespace, learner: bool, use: Any
 
 
 def _train(options: argparse.Namespace) -> int:
-    config = load(options)
     from toolrl_ray import run_dir as run_dirs
 
-    run_dir = run_dirs.claim(config)
+    config, run_dir = _run_folder(options)
     say(f"recipe {config.recipe}, seed {config.seed}, run folder {run_dir}")
     runs = []
 
     def use(parts: Any, policy_dir: str) -> dict[str, Any]:
         from toolrl_ray.driver import Run
 
-        runs.append(Run(config, run_dir, policy_dir, say))
+        runs.append(Run(config, run_dir, policy_dir, say, resume=bool(options.resume)))
         return runs[0].train(parts)
 
     try:
@@ -181,13 +185,46 @@ def _train(options: argparse.Namespace) -> int:
         finally:
             for run in runs:
                 run.close_tracker()  # after the parts: it may wait for a network
-    except BaseException:
-        run_dirs.release(run_dir)
+    except BaseException as error:
+        if not options.resume:
+            run_dirs.release(run_dir)
+        if how := _how_to_go_on(run_dir, options):
+            error.add_note(how)
         raise
+    finally:
+        run_dirs.unlock(run_dir)
     from toolrl_ray.tracking.summary import render
 
     print(f"\n{render(summary)}", flush=True)
     return 0
+
+
+def _run_folder(options: argparse.Namespace) -> tuple[Any, Path]:
+    """The configuration and the folder of a run, a new one or one that goes on."""
+    from toolrl_ray import run_dir as run_dirs
+
+    if options.resume:
+        if options.overrides and "=" not in options.overrides[0]:
+            raise UserError(f"RECIPE={options.overrides[0]!r} contradicts --resume: a run goes on with its own recipe; give one of them")
+        config = run_dirs.reopen(Path(options.resume), options.overrides)
+        return config, Path(config.run_dir)
+    if not options.overrides:
+        raise UserError("train wants a recipe, or --resume RUN_DIR; see toolrl train --help")
+    options.recipe, *options.overrides = options.overrides
+    config = load(options)
+    return config, run_dirs.claim(config)
+
+
+def _how_to_go_on(run_dir: Path, options: argparse.Namespace) -> str:
+    """For a person whose run ended early; "" where there is nothing to go on from."""
+    from toolrl_ray import run_dir as run_dirs
+    from toolrl_ray.checkpoint import committed_steps
+
+    steps = committed_steps(run_dir)
+    if not steps or run_dirs.finished(run_dir):
+        return ""
+    in_process = "--in-process " if options.in_process else ""
+    return f"to go on from step {steps[-1]}: toolrl train {in_process}--resume {shlex.quote(str(run_dir))}"
 
 
 def _bootstrap(options: argparse.Namespace) -> int:

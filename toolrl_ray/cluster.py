@@ -103,7 +103,9 @@ def ray_parts(config: RunConfig, policy_dir: str, say: Callable[[str], None], *,
 
     group, rollout_bundles, learner_bundles = reserve(config, say, learner=learner)
     app_name = config.tools.app or f"toolrl-{uuid.uuid4().hex[:8]}"
-    rollout_actors, learners = _actors(config, policy_dir, app_name, group, rollout_bundles, learner_bundles)
+    rollout_actors = _rollout_actors(config, policy_dir, app_name, group, rollout_bundles)
+    learner_group = LearnerGroup(config, lambda: _learners(config, policy_dir, group, learner_bundles)) if learner else None
+    learners = learner_group.actors if learner_group else []
     tools_start: Future[Any] = Future()
 
     def close() -> None:
@@ -124,16 +126,16 @@ def ray_parts(config: RunConfig, policy_dir: str, say: Callable[[str], None], *,
     pool = RolloutPool(
         config,
         rollout_actors,
-        readmit=lambda: weights.readmit() if weights else None,
+        readmit=lambda: weights.readmit() if weights else True,
         service_stats=ReplicaStats(app_name, config.tools.names),
     )
-    learner_group = LearnerGroup(config, learners) if learner else None
     try:
-        say(f"starting {len(rollout_actors)} x {config.rollout.engine}, {len(learners)} x learner, tools: {', '.join(config.tools.names)}")
+        counts = f"{config.rollout.num_actors} x {config.rollout.engine}, {len(learners)} x learner"
+        say(f"starting {counts}, tools: {', '.join(config.tools.names)}")
         jobs = {tools_start: lambda: (join_tools if config.tools.app else start_tools)(config.tools, app_name), Future(): pool.start}
         _all_at_once(jobs | ({Future(): learner_group.start} if learner_group else {}))
         if learner_group:
-            weights = WeightSync(config, pool, rollout_actors, learners)
+            weights = WeightSync(config, pool, learners)
             weights.connect()
     except BaseException:
         close()
@@ -147,27 +149,34 @@ def own_seed(config: RunConfig, index: int) -> RunConfig:
     return config.model_copy(update={"seed": config.seed + index * SEED_STRIDE}) if config.rollout.num_gpus else config
 
 
-def _actors(
-    config: RunConfig, policy_dir: str, app_name: str, group: Any, rollout_bundles: list[int], learner_bundles: list[int]
-) -> tuple[list[Any], list[Any]]:
+def _rollout_actors(config: RunConfig, policy_dir: str, app_name: str, group: Any, bundles: list[int]) -> list[Any]:
+    """Those of the plan, and those that join the run if the cluster comes to have room for them."""
+    import ray
+
+    from toolrl_ray.rollout.actor import RolloutActor
+
+    rollout = config.rollout
+    anywhere = {"num_cpus": rollout.num_cpus, "num_gpus": rollout.num_gpus}
+    wheres = [_where(group, bundle, rollout) for bundle in bundles] + [anywhere] * ((rollout.max_actors or 0) - rollout.num_actors)
+    actor_class = ray.remote(RolloutActor)
+    return [
+        actor_class.options(**where, max_restarts=-1, max_concurrency=1000).remote(
+            own_seed(config, index), policy_dir, select_backend(config), app_name
+        )
+        for index, where in enumerate(wheres)
+    ]
+
+
+def _learners(config: RunConfig, policy_dir: str, group: Any, bundles: list[int]) -> list[Any]:
     import ray
 
     from toolrl_ray.learner.actor import LearnerActor
-    from toolrl_ray.rollout.actor import RolloutActor
 
-    rollout_options = {"max_restarts": -1, "max_concurrency": 1000}
-    rollout_class, learner_class = ray.remote(RolloutActor), ray.remote(LearnerActor)
-    rollout_actors = [
-        rollout_class.options(**_where(group, bundle, config.rollout), **rollout_options).remote(
-            own_seed(config, index), policy_dir, select_backend(config), app_name
-        )
-        for index, bundle in enumerate(rollout_bundles)
+    actor_class = ray.remote(LearnerActor)
+    return [
+        actor_class.options(**_where(group, bundle, config.learner)).remote(config, policy_dir, rank, len(bundles))
+        for rank, bundle in enumerate(bundles)
     ]
-    learners = [
-        learner_class.options(**_where(group, bundle, config.learner)).remote(config, policy_dir, rank, len(learner_bundles))
-        for rank, bundle in enumerate(learner_bundles)
-    ]
-    return rollout_actors, learners
 
 
 def _where(group: Any, bundle: int, share: RolloutConfig | LearnerConfig) -> dict[str, Any]:

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 
 from toolrl_ray.config_task import TaskConfig
 from toolrl_ray.contradictions import contradictions
@@ -71,6 +71,11 @@ class ToolsConfig(ToolSet):
     max_queued: int = Field(4096, ge=1)  # calls of a tool that may wait in a client before OVERLOADED
     cache_size: int = Field(0, ge=0)  # results of tools that always answer alike that a client keeps; 0: none
 
+    @field_serializer("pools")
+    def _as_set(self, pools: dict[str, PoolConfig]) -> dict[str, Any]:
+        """What a pool does not say stays unsaid in the saved configuration, so that it is what the keys above say there too."""
+        return {name: pool.model_dump(exclude_unset=True) for name, pool in pools.items()}
+
     def pool(self, name: str) -> PoolConfig:
         shared = {"min_replicas": self.num_replicas, "num_cpus": self.num_cpus, "max_in_flight": self.max_in_flight}
         own = self.pools[name].model_dump(exclude_unset=True) if name in self.pools else {}
@@ -115,8 +120,11 @@ class EpisodeConfig(Section):
 
 
 class RolloutConfig(Section):
+    """num_actors: that the run begins with. max_actors: so many as the cluster comes to have room for join it later; null: no more."""
+
     engine: Literal["vllm", "transformers"] = "vllm"
     num_actors: int = Field(1, ge=1)
+    max_actors: int | None = Field(None, ge=1)
     num_cpus: float = Field(1, ge=0)  # per RolloutActor
     num_gpus: float = Field(0, ge=0)
     temperature: float = Field(1.0, gt=0)
@@ -149,8 +157,17 @@ class AlgoConfig(Section):
     kl_horizon: float = Field(10000, gt=0)  # episodes, adaptive controller
     target_kl: float | None = Field(0.1, gt=0)  # approx_kl above which the remaining updates of a batch are skipped
     tis_clip: float = Field(2.0, gt=0)  # cap of the truncated importance weight old/rollout
+    tis_level: Literal["token", "sequence"] = "token"  # sequence: one weight per episode, its tokens' product; for short episodes
+    ratio_band: tuple[float, float] | None = None  # tokens with old/rollout outside take no part in the policy loss
     num_epochs: int = Field(2, ge=1)
     num_minibatches: int = Field(2, ge=1)
+
+    @field_validator("ratio_band")
+    @classmethod
+    def _around_one(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not 0 <= value[0] < 1 < value[1]:
+            raise ValueError(f"algo.ratio_band={list(value)} must be [low, high] with 0 <= low < 1 < high, such as [0.5, 5], or null")
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> AlgoConfig:
@@ -213,7 +230,7 @@ class TrainConfig(Section):
     num_steps: int = Field(40, ge=0)
     tasks_per_step: int = Field(64, ge=1)
     group_size: int = Field(1, ge=1)  # episodes per task
-    stall_timeout_s: float = Field(1800, gt=0)  # nothing finished for so long: the run ends and says who waits for whom
+    stall_timeout_s: float = Field(3600, gt=0)  # nothing finished for so long: the run ends and says who waits for whom
     max_learner_restarts: int = Field(3, ge=0)  # with no checkpoint written in between
 
 

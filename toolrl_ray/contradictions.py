@@ -15,6 +15,7 @@ def contradictions(config: RunConfig) -> Iterator[str]:
     """One line for every two settings that cannot hold together: both values and the remedy."""
     yield from _gpu_contradictions(config)
     yield from _format_contradictions(config)
+    yield from _stream_contradictions(config)
     advantage, longest, readable = config.algo.advantage, config.episode.max_context_tokens, config.bootstrap.max_context_tokens
     if advantage in ("grpo", "rloo") and config.train.group_size < 2:
         yield (
@@ -57,6 +58,26 @@ def _format_contradictions(config: RunConfig) -> Iterator[str]:
         yield (
             f"episode.call_format=hermes contradicts task.few_shot={task.few_shot}: the worked examples are written in text markers; "
             "set task.few_shot=0"
+        )
+
+
+def _stream_contradictions(config: RunConfig) -> Iterator[str]:
+    """The same for groups on their way from rollout to learner, and who comes and goes."""
+    stream, rollout, group_size = config.stream, config.rollout, f"train.group_size={config.train.group_size}"
+    if stream.filter_zero_signal and config.train.group_size < 2:
+        yield (
+            f"stream.filter_zero_signal=true contradicts {group_size}: rewards can differ only between the episodes of a group; "
+            "set train.group_size=2 or more or stream.filter_zero_signal=false"
+        )
+    if stream.group_deadline_s is not None and stream.group_quorum > config.train.group_size:
+        yield (
+            f"stream.group_quorum={stream.group_quorum} contradicts {group_size}: no group ever has so many; "
+            f"set stream.group_quorum={config.train.group_size} or less"
+        )
+    if rollout.max_actors is not None and rollout.max_actors < rollout.num_actors:
+        yield (
+            f"rollout.max_actors={rollout.max_actors} contradicts rollout.num_actors={rollout.num_actors}, with which the run begins; "
+            f"set rollout.max_actors={rollout.num_actors} or more, or null"
         )
 
 

@@ -1,22 +1,29 @@
 """The loop of a run.
 
 ```
- tasks/        rollout                       driver                    learner
- Task -------> collect: generate <-> tool -> Trajectories ----------> update (algos/)
-                  ^                                                      |
-                  +------------------- weights.sync <--------------------+ policy_version n+1
+ tasks/          rollout                      stream/                       learner
+ Task ---------> generate <-> tool --------> Trajectories ---- batch ----> update (algos/)
+   ^               ^      collector: polls       ^                            |
+   | numbers       |                             | slots released             | policy_version n+1
+   +-- stream -----+------------ weights.sync <--+-- once loaded -------------+
 ```
 
-Synchronous: one collection, one update, one weight sync, again. An evaluation after step s (`eval.every_steps`) takes no turn of its
-own: its episodes ride along with the collection of step s+1, which the same policy version samples. Who waits for whom:
+Update s + 1 starts from the weights of version s and may train on episodes that began up to `stream.max_staleness_steps` versions before
+(stream/buffer.py has the proof). With 0 it is: one collection, one update, one weight sync, again. With more, episodes go on beside
+update and sync, and take the new weights up in mid-episode. An evaluation after step s (`eval.every_steps`) takes no turn of its own: its
+episodes ride along with the collection of batch s + 1, and that update waits for them, so version s alone samples them. Who waits for whom:
 
 | waits | for | unblocked by |
 |---|---|---|
-| driver | rollout.collect | every episode finished; rollout.collect_timeout_s |
+| main thread | the next batch, in `Collector.batch` | finished episodes; train.stall_timeout_s |
+| main thread | update and sync, in `Collector.beside` | their thread; train.stall_timeout_s |
 | an episode | its completion, its tool calls | the engine, the tool; episode.*_deadline_s |
-| driver | learner.update | all ranks; learner.update_timeout_s |
-| driver | weights.sync | pause, send, resume of every engine; weights.timeout_s each |
+| an episode that has not begun | a slot of the stream | the next weights, once the engines have them |
+| the thread of a job | learner.update | all ranks; learner.update_timeout_s |
+| the thread of a job | weights.sync | pause, send, resume of every engine; weights.timeout_s each |
+| a replaced engine | the weights | the end of the update and sync under way |
 
+A lost learner (LearnerLost) is started anew and the run goes back to its last checkpoint, by the same path as `toolrl train --resume`.
 Shutdown: whatever ends the loop (the last step, an error, Ctrl-C, SIGTERM), `Parts.close` kills the actors, removes the run's
 tools and its placement group, and `Run.close_tracker` then ends the W&B run, which may wait for a network; the files of the run
 folder are whole up to the last finished step. The driver knows the parts by what they do, never how they do it: `cluster.py`
@@ -28,43 +35,52 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from toolrl_ray import run_dir as files
+from toolrl_ray.checkpoint import CheckpointStore
+from toolrl_ray.collector import Collector, Rollout, evaluate
 from toolrl_ray.config import RunConfig
-from toolrl_ray.evaluation import eval_requests, eval_result, rollout_metrics, speed
+from toolrl_ray.errors import LearnerLost
+from toolrl_ray.evaluation import eval_requests, eval_result, rollout_metrics
 from toolrl_ray.recipe import dump
+from toolrl_ray.stream.buffer import Stream, staleness_steps
 from toolrl_ray.tasks.module import load_tasks
 from toolrl_ray.tasks.stream import TaskStream
 from toolrl_ray.tools.stats import isolations, tool_metrics
 from toolrl_ray.tracking.memory import tree_gib
 from toolrl_ray.tracking.metrics import MetricsWriter
+from toolrl_ray.tracking.summary import step_line
 from toolrl_ray.tracking.trajectories import TrajectoryWriter
 from toolrl_ray.tracking.wandb_log import WandbTracker
 from toolrl_ray.types import EpisodeRequest, Task, Trajectory
 
 Say = Callable[[str], None]
-
-
-class Rollout(Protocol):
-    num_restarts: int
-    num_rerun: int
-
-    def collect(self, requests: list[EpisodeRequest], *, temperature: float, max_in_flight: int | None = None) -> list[Trajectory]: ...
-    def tool_stats(self) -> dict[str, float]: ...
+STATE = "run.json"  # in a checkpoint: what of the run is neither the learner's nor a file of the run folder
 
 
 class Learner(Protocol):
+    """save_state snapshots at once and writes behind; finish_save waits for that. See learner/state.py."""
+
     def update(self, trajectories: list[Trajectory]) -> dict[str, float]: ...
     def save_policy(self, directory: str, tokenizer_dir: str) -> None: ...
+    def save_state(self, directory: str) -> None: ...
+    def finish_save(self) -> None: ...
+    def load_state(self, directory: str) -> None: ...
+    def restart(self) -> None: ...
 
 
 class Weights(Protocol):
+    """changing: held from before an update until its weights are synced."""
+
     backend: str
+    changing: AbstractContextManager[Any]
 
     def sync(self, policy_version: int) -> dict[str, float]: ...
+    def reconnect(self) -> None: ...
 
 
 @dataclass
@@ -77,31 +93,21 @@ class Parts:
     close: Callable[[], None]
 
 
-def evaluate(
-    config: RunConfig, parts: Parts, tasks: list[Task], label: str, *, num_samples: int, without_tools: bool = False
-) -> tuple[dict[str, float], list[Trajectory]]:
-    """An evaluation on its own: all its episodes (`evaluation.eval_requests`) in one collection. Its numbers, and the episodes."""
-    requests = eval_requests(config.eval, tasks, label, num_samples=num_samples, without_tools=without_tools)
-    started = time.monotonic()
-    trajectories = parts.rollout.collect(requests, temperature=config.eval.temperature, max_in_flight=config.eval.max_in_flight)
-    duration_s = time.monotonic() - started
-    return eval_result(trajectories) | speed(trajectories, duration_s), trajectories
-
-
-def requests_for(step: int, tasks: list[Task], group_size: int) -> list[EpisodeRequest]:
-    return [
-        EpisodeRequest(f"{step}:{row}:{member}", f"{step}:{row}", task) for row, task in enumerate(tasks) for member in range(group_size)
-    ]
-
-
 class Run:
-    """One training run and its folder. Whoever calls `train` closes the parts, and then calls `close_tracker`."""
+    """One training run and its folder. Whoever calls `train` closes the parts, and then calls `close_tracker`.
 
-    def __init__(self, config: RunConfig, run_dir: Path, policy_dir: str, say: Say):
+    resume: the folder is that of a run that was interrupted; it goes on from its newest whole checkpoint, or from the beginning.
+    """
+
+    def __init__(self, config: RunConfig, run_dir: Path, policy_dir: str, say: Say, *, resume: bool = False):
         self._config = config
         self._dir = run_dir
         self._policy_dir = policy_dir
         self._say = say
+        self._goes_on = resume
+        self._store = CheckpointStore(run_dir, config.checkpoint.keep_last, say)
+        self._saving: int | None = None  # step of the checkpoint that is being written
+        self._is_lost, self._num_lost = False, 0  # the learner now; learners since the last checkpoint
         self._tracker: WandbTracker | None = None
         self._evals: dict[str, Any] = {}
         self._tool_stats: dict[str, float] = {}  # after the step before
@@ -111,86 +117,159 @@ class Run:
         """The whole run; returns the summary that `tracking.summary.render` shows."""
         config = self._config
         assert parts.learner is not None and parts.weights is not None
-        train_tasks, heldout = load_tasks(config.task)
-        stream = TaskStream(train_tasks, config.seed)
+        tasks, heldout = load_tasks(config.task)
         self._dir.mkdir(parents=True, exist_ok=True)
-        self._tool_stats = parts.rollout.tool_stats()
-        isolation = isolations(self._tool_stats)
+        isolation = isolations(parts.rollout.tool_stats())
         found = "".join(f"# {tool} runs untrusted code under {tier}\n" for tool, tier in isolation.items())
-        (self._dir / "config.yaml").write_text(found + dump(config))
+        files.write_whole(self._dir / "config.yaml", found + dump(config))
         started = time.monotonic()
-        self._tracker = tracker = WandbTracker(config, self._dir, {"isolation": isolation})
-        self._say(tracker.note)
-        with closing(TrajectoryWriter(self._dir)) as trajectories, closing(MetricsWriter(self._dir)) as metrics:
-            self._evaluate(parts, heldout, "before", 0)
-            for step in range(1, config.train.num_steps + 1):
-                batch = stream.next_batch(config.train.tasks_per_step)
-                collected, numbers = self._step(parts, step, batch, self._due(step - 1, heldout))
-                trajectories.write(step, collected)
-                metrics.write(step, numbers)
-                tracker.log(step, numbers, collected)
-            parts.learner.save_policy(str(self._dir / "policy"), self._policy_dir)  # an evaluation that fails costs no training
-            self._evaluate(parts, heldout, "after", config.train.num_steps)
-        return self._summary(time.monotonic() - started)
+        self._tracker = WandbTracker(config, self._dir, {"isolation": isolation})
+        self._say(self._tracker.note)
+        while True:
+            try:
+                self._train_from(parts, self._restored(parts, tasks), heldout)
+                return self._summary(time.monotonic() - started)
+            except LearnerLost as error:
+                self._num_lost += 1
+                if self._num_lost > config.train.max_learner_restarts:
+                    raise
+                self._say(f"{error}; starting the learner again ({self._num_lost} of {config.train.max_learner_restarts})")
+                self._goes_on = self._is_lost = True
+                self._saving = None
 
     def close_tracker(self) -> None:
         """Ends the W&B run, with every evaluation in its summary. Safe to call at any time, and twice."""
         if self._tracker:
             self._tracker.finish({f"eval/{label}/{key}": value for label, result in self._evals.items() for key, value in result.items()})
 
+    def _restored(self, parts: Parts, tasks: list[Task]) -> Stream:
+        """Learner, engines, files and stream as they were at the newest whole checkpoint, or at the beginning."""
+        config = self._config
+        stream = Stream(
+            config.stream,
+            TaskStream(tasks, config.seed),
+            groups_per_batch=config.train.tasks_per_step,
+            group_size=config.train.group_size,
+            num_batches=config.train.num_steps,
+        )
+        if not self._goes_on:
+            return stream
+        parts.rollout.cancel_all()
+        if self._is_lost:
+            parts.learner.restart()
+            parts.weights.reconnect()
+            self._is_lost = False
+        step = 0
+        if (newest := self._store.newest()) is not None:
+            step, folder = newest
+            parts.learner.load_state(str(folder))
+            state = json.loads((folder / STATE).read_text())
+            stream.load_state_dict(state["stream"])
+            self._totals = state["totals"]
+        parts.weights.sync(step)
+        files.truncate_to(self._dir, step)
+        evals = self._dir / "eval.json"
+        self._evals = json.loads(evals.read_text()) if evals.exists() else {}
+        self._say(f"going on after step {step}" if step else "no checkpoint yet: starting from the beginning")
+        return stream
+
+    def _train_from(self, parts: Parts, stream: Stream, heldout: list[Task]) -> None:
+        config = self._config
+        collector = Collector(parts.rollout, stream, config.train.stall_timeout_s, self._say)
+        with closing(TrajectoryWriter(self._dir)) as trajectories, closing(MetricsWriter(self._dir)) as metrics:
+            if "before" not in self._evals:
+                self._evaluate(parts, heldout, "before", 0)
+            self._tool_stats = parts.rollout.tool_stats()
+            while (step := stream.num_handed + 1) <= config.train.num_steps:
+                batch, numbers = self._step(parts, stream, collector, self._due(step - 1, heldout))
+                trajectories.write(step, batch)
+                metrics.write(step, numbers)
+                self._tracker.log(step, numbers, batch)
+                if config.checkpoint.every_steps and (step % config.checkpoint.every_steps == 0 or step == config.train.num_steps):
+                    collector.beside("a checkpoint's snapshot", lambda: self._begin_checkpoint(parts, stream))
+            self._finish_checkpoint(parts)
+            parts.learner.save_policy(str(self._dir / "policy"), self._policy_dir)  # an evaluation that fails costs no training
+            self._evaluate(parts, heldout, "after", config.train.num_steps)
+
     def _due(self, step: int, heldout: list[Task]) -> list[EpisodeRequest]:
         """The episodes of the evaluation after this step; [] where none is scheduled."""
-        every, num_samples = self._config.eval.every_steps, self._config.eval.num_samples or 0
-        due = every and step > 0 and step % every == 0
-        return eval_requests(self._config.eval, heldout, f"step-{step}", num_samples=num_samples) if due else []
+        every, num_samples, label = self._config.eval.every_steps, self._config.eval.num_samples or 0, f"step-{step}"
+        due = every and step > 0 and step % every == 0 and label not in self._evals
+        return eval_requests(self._config.eval, heldout, label, num_samples=num_samples) if due else []
 
     def _step(
-        self, parts: Parts, step: int, tasks: list[Task], evaluation: list[EpisodeRequest]
+        self, parts: Parts, stream: Stream, collector: Collector, evaluation: list[EpisodeRequest]
     ) -> tuple[list[Trajectory], dict[str, Any]]:
         """evaluation: episodes of the evaluation after the step before, which ride along.
 
-        The numbers are of training episodes alone, but for two: `time/rollout_s`, over which the rates are taken, is the time of both,
-        and what the tool clients count (`tools/NAME/*`, `tools/client/*`) holds the calls of both.
+        The numbers are of training episodes alone, but for `time/rollout_s`, over which the rates are taken, and what the tool clients
+        count (`tools/NAME/*`, `tools/client/*`): these are of both.
         """
-        config = self._config
-        started = time.monotonic()
-        requests = requests_for(step, tasks, config.train.group_size)
-        finished = parts.rollout.collect([*requests, *evaluation], temperature=config.rollout.temperature)
-        collect_s = time.monotonic() - started
-        collected, evaluated = finished[: len(requests)], finished[len(requests) :]
+        started, idle_before = time.monotonic(), collector.idle_s
+        collector.evaluate(evaluation)
+        batch, evaluated = collector.batch()
+        step, waited_s = stream.num_handed, time.monotonic() - started
         if evaluated:
             self._record_evaluation(f"step-{step - 1}", step - 1, eval_result(evaluated), evaluated)
-        numbers: dict[str, Any] = rollout_metrics(collected, collect_s)
-        numbers["rollout/eval_episodes"] = len(evaluated)
-        numbers |= parts.learner.update(collected)
-        numbers |= parts.weights.sync(step)
+        learned = collector.beside("update and weight sync", lambda: self._learn(parts, step, batch))
+        stream.loaded(step)
+        step_s = time.monotonic() - started
+        idle_s = collector.idle_s - idle_before
+        rollout_s = step_s if self._config.stream.max_staleness_steps else waited_s  # one that runs ahead runs all the time
+        numbers = rollout_metrics(batch, rollout_s) | learned | stream.metrics()
+        staleness = [staleness_steps(trajectory, step) for trajectory in batch]
         stats = parts.rollout.tool_stats()
         numbers |= tool_metrics(stats, self._tool_stats)
         self._tool_stats = stats
         numbers |= {
+            "rollout/eval_episodes": len(evaluated),
+            "rollout/in_flight_episodes": parts.rollout.num_outstanding,
             "rollout/actor_restarts": parts.rollout.num_restarts,
             "rollout/episodes_rerun": parts.rollout.num_rerun,
+            "stream/staleness_mean": sum(staleness) / len(staleness),
+            "stream/staleness_max": max(staleness),
             "weights/backend": parts.weights.backend,
             "system/memory_gib": tree_gib(),
-            "time/step_s": time.monotonic() - started,
+            "time/rollout_idle_share": min(1.0, idle_s / step_s),
+            "time/learner_idle_share": waited_s / step_s,
+            "time/step_s": step_s,
         }
-        self._totals["episodes"] += len(collected)
-        self._totals["tokens"] += numbers["rollout/sampled_tokens"]
-        self._totals["rollout_s"] += collect_s
-        self._say(_step_line(step, config.train.num_steps, numbers))
-        return collected, numbers
+        counted = {"episodes": len(batch), "tokens": numbers["rollout/sampled_tokens"], "rollout_s": rollout_s}
+        self._totals = {name: total + counted[name] for name, total in self._totals.items()}
+        self._say(step_line(step, self._config.train.num_steps, numbers))
+        return batch, numbers
+
+    def _learn(self, parts: Parts, step: int, batch: list[Trajectory]) -> dict[str, Any]:
+        with parts.weights.changing:
+            numbers = parts.learner.update(batch)
+            numbers |= parts.weights.sync(step)
+        self._finish_checkpoint(parts)
+        return numbers
+
+    def _begin_checkpoint(self, parts: Parts, stream: Stream) -> None:
+        """Of the step that has just ended. The learner writes while it is already at the next update."""
+        folder = self._store.begin(stream.num_handed)
+        (folder / STATE).write_text(json.dumps({"stream": stream.state_dict(), "totals": self._totals}))
+        parts.learner.save_state(str(folder))
+        self._saving = stream.num_handed
+
+    def _finish_checkpoint(self, parts: Parts) -> None:
+        if self._saving is not None:
+            parts.learner.finish_save()
+            self._store.commit(self._saving, self._evals.get(f"step-{self._saving}", {}).get("accuracy"))
+            self._saving, self._num_lost = None, 0
 
     def _evaluate(self, parts: Parts, heldout: list[Task], label: str, step: int) -> None:
-        result, trajectories = evaluate(self._config, parts, heldout, label, num_samples=self._config.eval.num_samples or 0)
-        self._tool_stats = parts.rollout.tool_stats()  # its calls are none of the next step's
+        num_samples = self._config.eval.num_samples or 0
+        result, trajectories = evaluate(self._config, parts.rollout, heldout, label, num_samples=num_samples)
         self._record_evaluation(label, step, result, trajectories)
 
     def _record_evaluation(self, label: str, step: int, result: dict[str, float], trajectories: list[Trajectory]) -> None:
         """In eval.json, the transcripts' file and W&B, as of `step`."""
         self._evals[label] = {"step": step, **result}
-        (self._dir / "eval.json").write_text(json.dumps(self._evals, indent=1) + "\n")
         with closing(TrajectoryWriter(self._dir / "eval" / label)) as writer:
             writer.write(step, trajectories)
+        files.write_whole(self._dir / "eval.json", json.dumps(self._evals, indent=1) + "\n")
         assert self._tracker is not None
         self._tracker.log(step, {f"eval/{key}": value for key, value in result.items()})
         self._say(
@@ -212,16 +291,3 @@ class Run:
             "time_s": seconds,
             "run_dir": str(self._dir),
         }
-
-
-def _step_line(step: int, num_steps: int, numbers: dict[str, Any]) -> str:
-    def number(key: str, form: str) -> str:
-        value = numbers.get(key)
-        return "-" if value is None else format(value, form)
-
-    width = len(str(num_steps))
-    return (
-        f"step {step:{width}}/{num_steps}  reward {number('env/reward_mean', '.3f')}  tool use {number('env/tool_use_rate', '.3f')}  "
-        f"kl {number('objective/kl', '.3f')}  mismatch kl {number('mismatch/kl', '.1e')}  "
-        f"{number('rollout/tokens_per_s', ',.0f')} tok/s  {number('time/step_s', '.1f')} s"
-    )

@@ -37,8 +37,20 @@ class RolloutError(ToolRLError):
     """Collection failed: an engine is gone for good or a deadline passed."""
 
 
+class StreamError(ToolRLError):
+    """A promise of the stream between rollout and learner was broken."""
+
+
+class StallError(ToolRLError):
+    """Nothing moved for train.stall_timeout_s; the message says who waits for whom."""
+
+
 class LearnerError(ToolRLError):
     """A LearnerActor failed or a deadline of the learner passed."""
+
+
+class LearnerLost(LearnerError):
+    """A learner rank died or does not answer: the group has to be started anew."""
 
 
 class WeightSyncError(ToolRLError):

@@ -50,11 +50,11 @@ def evaluate_policy(options: argparse.Namespace) -> int:
     _check_outputs(options)
 
     def use(parts: Any, policy_dir: str) -> Any:
-        from toolrl_ray.driver import evaluate
+        from toolrl_ray.collector import evaluate
         from toolrl_ray.tasks.module import load_tasks
 
         heldout = load_tasks(config.task)[1]
-        return evaluate(config, parts, heldout, "eval", num_samples=num_samples, without_tools=not options.no_baseline)
+        return evaluate(config, parts.rollout, heldout, "eval", num_samples=num_samples, without_tools=not options.no_baseline)
 
     result, trajectories = with_parts(config, options, False, use)
     if options.transcripts:

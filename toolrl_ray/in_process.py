@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from toolrl_ray.config import RunConfig
 from toolrl_ray.driver import Parts
 from toolrl_ray.errors import EpisodeError
 from toolrl_ray.learner.update import Learner
+from toolrl_ray.rollout.inbox import Inbox
 from toolrl_ray.rollout.load import load_codec, load_transformers_engine, make_call_format
 from toolrl_ray.rollout.runner import EpisodeRunner
 from toolrl_ray.tools.local import LocalTools
@@ -24,6 +26,7 @@ from toolrl_ray.types import EpisodeRequest, Trajectory
 
 
 class InProcessRollout:
+    concurrent = False  # episodes stand still while nobody polls
     num_restarts = 0
     num_rerun = 0
 
@@ -35,47 +38,63 @@ class InProcessRollout:
         self._loop = asyncio.Runner()
         self._loop.run(self._tools.start())
         call_format = make_call_format(config, codec, self._tools.infos())
-        self._runner = EpisodeRunner(config, self.engine.generate, self._tools, codec, call_format)
+        self._inbox = Inbox()
+        generate = self._inbox.sampling(self.engine.generate)
+        self._inbox.run = EpisodeRunner(config, generate, self._tools, codec, call_format).run
+        self._outstanding: set[str] = set()
 
-    def collect(
-        self,
-        requests: list[EpisodeRequest],
-        *,
-        temperature: float,
-        max_in_flight: int | None = None,
-        on_trajectories: Callable[[list[Trajectory]], None] = lambda _: None,
-    ) -> list[Trajectory]:
-        return self._loop.run(self._collect(requests, temperature, max_in_flight or self._config.rollout.max_in_flight, on_trajectories))
+    @property
+    def num_outstanding(self) -> int:
+        return len(self._outstanding)
 
-    async def _collect(
-        self, requests: list[EpisodeRequest], temperature: float, max_in_flight: int, on_trajectories: Callable[[list[Trajectory]], None]
-    ) -> list[Trajectory]:
-        room = asyncio.Semaphore(max_in_flight)
+    def submit(self, requests: list[EpisodeRequest], *, max_in_flight: int | None = None) -> None:
+        async def start() -> None:
+            self._inbox.submit(requests, max_in_flight or self._config.rollout.max_in_flight)
 
-        async def one(request: EpisodeRequest) -> Trajectory:
-            async with room:
-                try:
-                    trajectory = await self._runner.run(request, temperature)
-                except Exception as error:
-                    raise EpisodeError(f"episode {request.episode_id} of task {request.task.id} failed") from error
-                on_trajectories([trajectory])
-                return trajectory
+        self._outstanding |= {request.episode_id for request in requests}
+        self._loop.run(start())
 
-        return list(await asyncio.gather(*(one(request) for request in requests)))
+    def poll(self, max_wait_s: float = 1.0) -> list[Trajectory]:
+        outcomes = self._loop.run(self._inbox.take(max_wait_s)) if self._outstanding else []
+        trajectories = []
+        for outcome in outcomes:
+            if outcome.trajectory is None:
+                raise EpisodeError(f"episode {outcome.episode_id} failed: {outcome.failure}")
+            trajectories.append(outcome.trajectory)
+        self._outstanding -= {outcome.episode_id for outcome in outcomes}
+        return trajectories
+
+    def cancel(self, episode_ids: Collection[str]) -> None:
+        async def stop() -> None:
+            self._inbox.cancel(list(episode_ids))
+
+        self._loop.run(stop())
+        self._outstanding -= set(episode_ids)
+
+    def cancel_all(self) -> None:
+        self.cancel(self._outstanding.copy())
+
+    def describe(self) -> str:
+        return f"rollout: {self.num_outstanding} episodes under way in this process"
 
     def tool_stats(self) -> dict[str, Any]:
         return self._tools.stats()
 
     def close(self) -> None:
+        self.cancel_all()
         self._loop.run(self._tools.close())
         self._loop.close()
 
 
 class InProcessWeights:
     backend = "in_process"
+    changing: AbstractContextManager[Any] = nullcontext()
 
     def __init__(self, rollout: InProcessRollout, learner: Learner):
         self._rollout, self._learner = rollout, learner
+
+    def reconnect(self) -> None:
+        """There is nothing in between."""
 
     def sync(self, policy_version: int) -> dict[str, float]:
         started = time.monotonic()

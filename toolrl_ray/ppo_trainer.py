@@ -184,7 +184,7 @@ class PPOTrainer:
                     token_ids=[*query.tolist(), *response.tolist()],
                     loss_mask=is_trained,
                     rollout_logprobs=[0.0] * len(is_trained),  # unknown here, see _Learner
-                    policy_versions=[NO_VERSION] * len(is_trained),
+                    policy_versions=[self._learner.num_updates if trained else NO_VERSION for trained in is_trained],
                     segments=[],
                     tool_calls=[],
                     stop_reason=StopReason.SUBMITTED,

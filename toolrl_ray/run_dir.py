@@ -1,14 +1,35 @@
-"""The run folder: one run's alone, from its first moment."""
+"""The run folder: one process's alone, from its first moment on, and again when its run is resumed."""
 
 from __future__ import annotations
 
+import fcntl
+import json
+import os
+import platform
+import re
 import shutil
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO, Any
 
+from toolrl_ray.checkpoint import committed_steps
 from toolrl_ray.config import RunConfig
-from toolrl_ray.errors import UserError
-from toolrl_ray.recipe import dump
+from toolrl_ray.errors import ConfigError, UserError
+from toolrl_ray.recipe import dump, load
+from toolrl_ray.sweep import evaluations
+
+LOCK = ".lock"
+MAY_DIFFER = re.compile(  # in a resumed run: where and how fast it runs, how long, and what it tells, but not what it learns
+    r"\w+\.(\w+_)?(timeout|deadline)_s"
+    r"|learner\.(zero_stage|num_ranks|num_cpus|num_gpus|num_threads|max_microbatch_tokens)"
+    r"|rollout\.(num_actors|max_actors|num_cpus|num_gpus|kv_cache_gib|gpu_memory_utilization|num_threads)"
+    r"|tools\.(num_replicas|num_cpus|app)"
+    r"|(checkpoint|tracking)\.\w+"
+    r"|train\.num_steps"
+)
+
+_held: dict[Path, IO[str]] = {}  # the locks of this process, which end with it at the latest
 
 
 def claim(config: RunConfig) -> Path:
@@ -21,8 +42,8 @@ def claim(config: RunConfig) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
         if any(run_dir.iterdir()):
             raise FileExistsError
-        with (run_dir / "config.yaml").open("x") as file:  # exclusive: this is what claims it
-            file.write(dump(config))
+        _lock(run_dir, "x+")  # exclusive: this is what claims it
+        write_whole(run_dir / "config.yaml", dump(config))
     except FileExistsError:
         raise UserError(f"run_dir={str(run_dir)!r} exists and is not empty; choose another folder (run_dir=...) or remove it") from None
     except OSError as error:
@@ -30,9 +51,129 @@ def claim(config: RunConfig) -> Path:
     return run_dir
 
 
+def reopen(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Take the folder of a run that was interrupted; its saved configuration with the overrides on top, and this folder as run_dir.
+
+    Raises UserError when it is no run's folder, another process has it, the run is finished, or an override changes what it learns.
+    """
+    run_dir = run_dir.expanduser().absolute()
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"--resume {str(run_dir)!r}: no config.yaml there; give the folder of a run")
+    try:
+        owner = _lock(run_dir, "a+")
+    except OSError as error:
+        raise UserError(f"--resume {str(run_dir)!r}: the folder cannot be written ({error.strerror})") from None
+    if owner is not None:
+        raise UserError(f"--resume {str(run_dir)!r}: the run is under way in {owner}; stop that first")
+    try:
+        config = _resumed(run_dir, overrides)
+        if finished(run_dir) and config.train.num_steps <= (num_steps := evaluations(run_dir)["after"]["step"]):
+            raise UserError(f"--resume {str(run_dir)!r}: the run is finished; to go on longer set train.num_steps above {num_steps}")
+    except BaseException:
+        unlock(run_dir)
+        raise
+    return config
+
+
+def finished(run_dir: Path) -> bool:
+    """Whether the run got to its end: its last act is the evaluation of the policy that it saved."""
+    return (run_dir / "policy").is_dir() and "after" in evaluations(run_dir)
+
+
 def release(run_dir: Path) -> None:
     """Remove the folder of a run that ended before its first step, so that the same command can be given again."""
     metrics = run_dir / "metrics.jsonl"
     trained = metrics.exists() and metrics.stat().st_size > 0
-    if not trained and not (run_dir / "policy").exists():
+    if not trained and not committed_steps(run_dir) and not (run_dir / "policy").exists():
         shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def unlock(run_dir: Path) -> None:
+    """Another may take the folder that `claim` or `reopen` took. Safe to call twice."""
+    if file := _held.pop(run_dir, None):
+        file.close()
+
+
+def truncate_to(run_dir: Path, step: int) -> None:
+    """Forget what the run wrote after `step`, and an evaluation `after`. Whenever it is killed, calling it again completes it.
+
+    Raises UserError when a file is damaged elsewhere than in a last line that was never finished.
+    """
+    for name in ("metrics.jsonl", "trajectories.jsonl"):
+        if (run_dir / name).exists():
+            _cut(run_dir / name, step)
+    found = _evaluations(run_dir)
+    kept = {label: result for label, result in found.items() if result["step"] <= step and label != "after"}
+    if kept != found:
+        write_whole(run_dir / "eval.json", json.dumps(kept, indent=1) + "\n")
+    for folder in (run_dir / "eval").glob("*"):
+        if folder.name not in kept:
+            shutil.rmtree(folder)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file by another that is on the disk in full: whoever reads it, after a kill too, finds the old or the new one."""
+    aside = path.with_name(f"{path.name}.writing")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def _lock(run_dir: Path, mode: str) -> str | None:
+    """Take the folder for as long as this process lives, or until `unlock`; None, or who has it."""
+    file = (run_dir / LOCK).open(mode)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with file:
+            file.seek(0)
+            return file.read().strip() or "another process"
+    except OSError:
+        pass  # a file system without locks
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    _held[run_dir] = file
+    return None
+
+
+def _resumed(run_dir: Path, overrides: Sequence[str]) -> RunConfig:
+    source, here = str(run_dir / "config.yaml"), f"run_dir={json.dumps(str(run_dir))}"
+    saved, config = load(source, [here]), load(source, [here, *overrides])
+    for key, before, now in _differences(saved.model_dump(mode="json"), config.model_dump(mode="json")):
+        if not MAY_DIFFER.fullmatch(key):
+            raise ConfigError(f"{key}={now!r} contradicts the run in {str(run_dir)!r}, which has {before!r}; a new run can have it")
+    return config
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for key in [*before, *(key for key in now if key not in before)]:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            yield f"{prefix}{key}", old, new
+
+
+def _cut(path: Path, step: int) -> None:
+    aside = path.with_name(f"{path.name}.writing")
+    with path.open("rb") as lines, aside.open("wb") as kept:
+        for number, line in enumerate(lines, start=1):
+            try:
+                if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                    kept.write(line)
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{path}, line {number}, is damaged; take it out and give the command again") from None
+        kept.flush()
+        os.fsync(kept.fileno())
+    os.replace(aside, path)
+
+
+def _evaluations(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / "eval.json"
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        raise UserError(f"{path} is damaged; mend it, or remove it and with it the evaluations so far") from None

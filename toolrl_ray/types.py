@@ -50,9 +50,9 @@ class Task:
 class EpisodeRequest:
     """One episode to run: a task and where it belongs.
 
-    episode_id: unique within the run ("3:17:0" = step 3, row 17, try 0).
+    episode_id: unique within the run ("17:0" = prompt 17, episode 0 of its group).
     group_id: episodes of one task that grouped advantages compare.
-    temperature: of this episode; None is that of the collection it belongs to.
+    temperature: of this episode; None is rollout.temperature.
     with_tools: False answers every call as UNAVAILABLE, and nothing is executed.
     """
 

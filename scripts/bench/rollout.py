@@ -20,10 +20,10 @@ import ray
 
 from toolrl_ray import cluster, recipe
 from toolrl_ray.cli import say
-from toolrl_ray.driver import requests_for
+from toolrl_ray.collector import collect
 from toolrl_ray.rollout import actor as rollout_actor
 from toolrl_ray.tasks.module import task_module
-from toolrl_ray.types import SamplingParams, SegmentKind, Trajectory
+from toolrl_ray.types import EpisodeRequest, SamplingParams, SegmentKind, Trajectory
 
 
 class BenchActor(rollout_actor.RolloutActor):
@@ -102,7 +102,8 @@ def measure(config, parts, options) -> None:
     for i in range(options.rounds + 1):
         ray.get(actor.reset.remote(), timeout=60)
         started = time.perf_counter()
-        trajectories = parts.rollout.collect(requests_for(i, tasks, 1), temperature=1.0)
+        requests = [EpisodeRequest(f"{i}-{row}:0", f"{i}-{row}", task) for row, task in enumerate(tasks)]
+        trajectories = collect(parts.rollout, requests, timeout_s=600)
         rollout_s = time.perf_counter() - started
         jobs = [job for trajectory in trajectories for job in turns(trajectory)]
         bare_s = ray.get(actor.bare.remote(jobs, options.in_flight), timeout=600)

@@ -84,29 +84,27 @@ def test_train_leaves_a_complete_run_folder_and_two_ranks_work_with_zero_2(tmp_p
 
 
 class Killer:
-    """Stands in front of a RolloutPool and kills, at one moment of each of the steps 2, 3 and 4."""
+    """Stands in front of a RolloutPool and kills: a RolloutActor in mid-collection of step 2, its engine-core process in that of step 3, a
+    RolloutActor without work before the weight sync of step 4."""
 
-    def __init__(self, pool):
-        self.pool = pool
-        self.done: list[str] = []
+    def __init__(self, pool, tasks_per_step):
+        self.pool, self.tasks_per_step = pool, tasks_per_step
+        self.num_trained = 0
+        self.done: list[int] = []
 
     def __getattr__(self, name):
         return getattr(self.pool, name)
 
-    def collect(self, requests, **options):
-        step = requests[0].episode_id.split(":")[0]
-        [pid] = self.pool.start()  # nothing to load: tells the process id
-        actor = psutil.Process(pid)
-        [engine_core] = [child for child in actor.children() if "EngineCore" in " ".join(child.cmdline())]
-
-        def in_mid_collection(trajectories):
-            if trajectories and len(self.done) < 2 and step in "23"[len(self.done)]:
-                (actor if step == "2" else engine_core).kill()
-                self.done.append(step)
-
-        trajectories = self.pool.collect(requests, on_trajectories=in_mid_collection, **options)
-        if step == "4":
-            actor.kill()  # with no work, before the weight sync
+    def poll(self, max_wait_s):
+        trajectories = self.pool.poll(max_wait_s)
+        trained = [t for t in trajectories if not t.request.episode_id.startswith("eval-")]
+        self.num_trained += len(trained)
+        step = -(-self.num_trained // self.tasks_per_step)
+        is_over = self.num_trained % self.tasks_per_step == 0
+        if trained and step in (2, 3, 4) and step not in self.done and is_over == (step == 4):
+            actor = psutil.Process(self.pool.pids[0])
+            [engine_core] = [child for child in actor.children() if "EngineCore" in " ".join(child.cmdline())]
+            (engine_core if step == 3 else actor).kill()
             self.done.append(step)
         return trajectories
 
@@ -120,7 +118,7 @@ def test_a_death_on_the_rollout_side_costs_its_episodes_and_nothing_else(tmp_pat
     try:
         policy_dir = str(ensure_tiny_policy(settings, print))
         parts = cluster.ray_parts(settings, policy_dir, print)
-        parts.rollout = Killer(parts.rollout)
+        parts.rollout = Killer(parts.rollout, 48)
         try:
             run = Run(settings, tmp_path / "run", policy_dir, print)
             run.train(parts)
@@ -130,7 +128,7 @@ def test_a_death_on_the_rollout_side_costs_its_episodes_and_nothing_else(tmp_pat
     finally:
         cluster.disconnect()
     run.close_tracker()
-    assert parts.rollout.done == ["2", "3", "4"]
+    assert parts.rollout.done == [2, 3, 4]
     check_run_folder(tmp_path / "run", 4, 48)
     metrics = lines(tmp_path / "run" / "metrics.jsonl")
     assert [m["rollout/actor_restarts"] for m in metrics] == [0, 1, 2, 3]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import signal
 import sys
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +15,8 @@ import pytest
 
 from tests.unit.scripted_parts import ScriptedParts
 from toolrl_ray import cli, driver, recipe
-from toolrl_ray.errors import RolloutError
+from toolrl_ray.errors import RolloutError, UserError
+from toolrl_ray.tracking.metrics import load_metrics
 from toolrl_ray.tracking.trajectories import load_trajectories
 
 SMALL = ["task.num_train=8", "task.num_heldout=4", "eval.num_tasks=4", "train.tasks_per_step=3", "train.num_steps=1", "tracking.wandb=off"]
@@ -49,6 +53,12 @@ def run(arguments: list[str]) -> int:
         ("frobnicate", ["'frobnicate'", "train", "doctor"]),
         ("train", ["recipe", "toolrl train --help"]),
         ("train calculator --quickly", ["--quickly"]),
+        ("train train.num_steps=3", ["'train.num_steps=3'", "calculator"]),
+        ("train --resume nowhere", ["/nowhere'", "no config.yaml there", "give the folder of a run"]),
+        ("train --resume used train.num_steps=3", ["/used'", "no config.yaml there"]),
+        ("train calculator --resume used", ["'calculator'", "--resume", "give one of them"]),
+        ("train --resume used calculator train.num_steps=3", ["'calculator'", "--resume", "give one of them"]),
+        ("train --resume", ["--resume", "expected one argument", "toolrl train --help"]),
         ("train nope", ["'nope'", *recipe.recipe_names()]),
         ("train nowhere.yaml", ["'nowhere.yaml'", "calculator"]),
         ("train bad.yaml", ["bad.yaml", "not valid YAML"]),
@@ -155,6 +165,105 @@ def test_a_run_that_ends_early_closes_in_the_same_order_and_keeps_its_folder_if_
     assert (folder / "run" / "metrics.jsonl").exists() == (folder / "run").exists() == stays
     scripted.raising.clear()
     assert run(arguments) == (2 if stays else 0)  # the same command again
+
+
+def start(*overrides: str) -> int:
+    return run(
+        ["train", "calculator", "--in-process", "run_dir=run dir", *SMALL, "train.num_steps=4", "checkpoint.every_steps=1", *overrides]
+    )
+
+
+def resume(*overrides: str) -> int:
+    return run(["train", "--resume", "run dir", *overrides, "--in-process"])
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "word"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (cli.Terminated(), 143, "terminated"),
+        (RolloutError("the engine is gone"), 1, "RolloutError: the engine is gone"),
+        (UserError("no room"), 2, "no room"),
+    ],
+)
+def test_a_run_that_ends_early_says_last_how_to_go_on_and_goes_on_by_that_command(
+    scripted: ScriptedParts, folder: Path, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, word: str
+) -> None:
+    scripted.raising["sync 3"] = error
+    assert start() == code
+    run_dir = folder / "run dir"
+    command = f"toolrl train --in-process --resume '{run_dir}'"
+    assert capsys.readouterr().err.splitlines() == [f"toolrl: {word}", f"toolrl: to go on from step 1: {command}"]
+    del scripted.raising["sync 3"]
+    scripted.calls.clear()
+    assert run(shlex.split(command)[1:]) == 0
+    assert scripted.calls[-5:] == ["sync 4", "save_policy", "collect eval-after", "close", "finish"]
+    assert [m["step"] for m in load_metrics(run_dir / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert scripted.weights == [str(number) for number in range(12)]  # every prompt once
+    assert resume() == 2
+    assert "the run is finished; to go on longer set train.num_steps above 4" in capsys.readouterr().err
+
+
+def test_any_other_error_keeps_its_traceback_with_how_to_go_on_at_its_end(scripted: ScriptedParts) -> None:
+    scripted.raising["sync 3"] = ValueError("a defect")
+    with pytest.raises(ValueError, match="a defect") as caught:
+        start()
+    assert traceback.format_exception(caught.value)[-1].startswith("to go on from step 1: toolrl train")
+
+
+def test_without_a_checkpoint_or_after_the_end_there_is_nothing_to_go_on_from(
+    scripted: ScriptedParts, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scripted.raising["sync 1"] = KeyboardInterrupt()
+    assert start() == 130 and not (folder / "run dir").exists()
+    scripted.raising = {"finish": KeyboardInterrupt()}
+    assert start() == 130
+    assert capsys.readouterr().err == "toolrl: interrupted\n" * 2
+
+
+def test_a_resumed_run_keeps_its_folder_whatever_stops_it_and_can_be_resumed_again(
+    scripted: ScriptedParts, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scripted.raising["sync 3"] = KeyboardInterrupt()
+    assert start("checkpoint.every_steps=0") == 130
+    assert resume("learner.lr=1") == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("toolrl: learner.lr=1.0 contradicts the run in")
+    scripted.raising = {"sync 0": KeyboardInterrupt()}  # goes on from the beginning, and not even that
+    assert resume("checkpoint.every_steps=1") == 130
+    scripted.raising = {}
+    scripted.weights.clear()
+    assert resume("train.num_steps=5") == 0
+    assert [m["step"] for m in load_metrics(folder / "run dir" / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+
+def test_a_finished_run_goes_on_longer(scripted: ScriptedParts, folder: Path) -> None:
+    assert start() == 0
+    assert resume("train.num_steps=6") == 0
+    assert [m["step"] for m in load_metrics(folder / "run dir" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert json.loads((folder / "run dir" / "eval.json").read_text())["after"]["step"] == 6
+
+
+def test_a_run_that_is_under_way_is_not_resumed(scripted: ScriptedParts, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    codes = []
+    scripted.reward = lambda request: float(codes.append(resume()) or 1.0)
+    assert start() == 0
+    assert set(codes) == {2}
+    assert f"the run is under way in process {os.getpid()} on " in capsys.readouterr().err
+
+
+def test_sigterm_ends_a_run_as_ctrl_c_does_and_says_how_to_go_on(
+    scripted: ScriptedParts, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scripted.reward = lambda request: float(signal.raise_signal(signal.SIGTERM) or 1) if request.group_id == "9" else 1.0
+    assert start() == 143
+    assert scripted.calls[-2:] == ["close", "finish"]
+    assert capsys.readouterr().err.splitlines()[-1].startswith("toolrl: to go on from step 2: toolrl train")
+
+
+@pytest.mark.parametrize("words", ["--in-process {} run_dir=run", "{} run_dir=run --in-process", "--in-process --verbose {} run_dir=run"])
+def test_options_may_stand_before_between_and_behind_recipe_and_overrides(scripted: ScriptedParts, folder: Path, words: str) -> None:
+    assert run(["train", *words.format("calculator").split(), *SMALL]) == 0
+    assert (folder / "run" / "policy").is_dir()
 
 
 EVAL = ["eval", "calculator", "--in-process", *SMALL]

@@ -14,7 +14,7 @@ from toolrl_ray.tracking.metrics import load_metrics
 from toolrl_ray.tracking.trajectories import load_trajectories
 
 SMALL = ["task.num_train=8", "task.num_heldout=4", "eval.num_tasks=4", "train.tasks_per_step=3", "tracking.wandb=off"]
-TRAINED = ["collect eval-before", "collect 1", "update", "sync 1", "collect 2", "update", "sync 2", "save_policy"]
+TRAINED = ["collect eval-before", "collect 0", "update", "sync 1", "collect 3", "update", "sync 2", "save_policy"]
 
 
 def start(tmp_path: Path, *overrides: str) -> driver.Run:
@@ -27,7 +27,7 @@ def test_a_run_evaluates_then_collects_updates_and_syncs_each_step_then_saves_th
     summary = start(tmp_path).train(scripted.parts())
     assert scripted.calls == [*TRAINED, "collect eval-after"]
     run_dir = tmp_path / "run"
-    files = {"config.yaml", "eval", "eval.json", "metrics.jsonl", "policy", "trajectories.jsonl"}
+    files = {"checkpoints", "config.yaml", "eval", "eval.json", "metrics.jsonl", "policy", "trajectories.jsonl"}
     assert {path.name for path in run_dir.iterdir()} == files
     assert [m["step"] for m in load_metrics(run_dir / "metrics.jsonl")] == [1, 2]
     assert [step for step, _ in load_trajectories(run_dir / "trajectories.jsonl")] == [1, 1, 1, 2, 2, 2]
@@ -57,11 +57,11 @@ def test_an_error_in_a_step_leaves_the_steps_before_it_whole(tmp_path: Path) -> 
 def test_a_scheduled_evaluation_rides_along_with_the_next_collection_and_is_of_the_step_before(tmp_path: Path) -> None:
     scripted = ScriptedParts()
     start(tmp_path, "eval.every_steps=1").train(scripted.parts())
-    assert scripted.calls == [*TRAINED, "collect eval-after"]  # no collection of its own, and none at the last step
-    _, first, second, _ = scripted.collections
-    assert [request.temperature for request in first] == [None] * 3
-    assert [request.temperature for request in second] == [None] * 3 + [0.0] * 4
-    assert {request.episode_id.partition(":")[0] for request in second[3:]} == {"eval-step-1"}
+    along = TRAINED.index("sync 1") + 1
+    assert scripted.calls == [*TRAINED[:along], "collect eval-step-1", *TRAINED[along:], "collect eval-after"]  # none at the last step
+    _, first, evaluation, second, _ = scripted.collections
+    assert [request.temperature for request in [*first, *second]] == [None] * 6
+    assert [request.temperature for request in evaluation] == [0.0] * 4
     evals = json.loads((tmp_path / "run" / "eval.json").read_text())
     assert [(label, result["step"]) for label, result in evals.items()] == [("before", 0), ("step-1", 1), ("after", 2)]
     assert [step for step, _ in load_trajectories(tmp_path / "run" / "eval" / "step-1" / "trajectories.jsonl")] == [1] * 4
@@ -105,9 +105,9 @@ def test_the_evaluations_of_a_run_sample_only_when_asked_to(tmp_path: Path) -> N
     assert json.loads((tmp_path / "run" / "eval.json").read_text())["before"]["sampled/pass@2"] == 1.0
 
 
-def test_a_steps_tool_calls_are_those_of_the_step_and_not_of_an_evaluation_before_it(tmp_path: Path) -> None:
-    start(tmp_path, "eval.every_steps=1").train(ScriptedParts().parts())  # one call a collection
-    assert [m["tools/T/calls"] for m in load_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 1]
+def test_a_steps_tool_calls_are_those_of_its_collections_and_not_of_the_first_evaluation(tmp_path: Path) -> None:
+    start(tmp_path, "eval.every_steps=1").train(ScriptedParts().parts())  # one call a collection, an evaluation beside it too
+    assert [m["tools/T/calls"] for m in load_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
 
 
 def test_the_tracker_ends_only_when_it_is_closed_and_then_has_every_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

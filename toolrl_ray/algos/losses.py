@@ -41,7 +41,8 @@ def policy_loss(
 
     Schulman et al. 2017 (arXiv 1707.06347) eq. 7, with the two bounds and the normalisation by tokens of Yu et al. 2025 (DAPO,
     arXiv 2503.14476) eq. 8. t over all tokens with mask. Gradient flows to `logprobs` alone.
-    weights: truncated importance weights w_t, default 1; see `truncated_importance_weights`.
+    weights: w_t >= 0, default 1: `off_policy.truncated_importance_weights`, with which this is decoupled PPO. Where 0 the token takes
+        no part, whatever its logprob is, but in the statistics.
     Returns (scalar, {"pg_clipfrac": tokens on which the clipped term is the smaller, "approx_kl": k3 of KL(old || new), "ratio": r}).
     """
     check_shapes(mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
@@ -52,7 +53,8 @@ def policy_loss(
     objective = torch.minimum(unclipped, clipped)
     if weights is not None:
         check_shapes(mask, weights=weights)
-        objective = torch.where(mask, weights.detach(), 0.0) * objective
+        weights = torch.where(mask, weights.detach(), 0.0)
+        objective = torch.where(weights > 0, weights * objective, 0.0)
     stats = {"pg_clipfrac": (clipped < unclipped).to(ratio.dtype), "approx_kl": torch.expm1(log_ratio) - log_ratio, "ratio": ratio}
     return -masked_sum(objective, mask) / (num_tokens or 1), _sums(stats, mask)
 
@@ -138,26 +140,6 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: Literal["k1",
         x = x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         return torch.expm1(x) - x  # expm1: e^x - 1 alone loses every digit for the small x that matter
     raise ValueError(f"unknown KL estimator {estimator!r}; allowed: k1, k2, k3")
-
-
-@torch.no_grad()
-def truncated_importance_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, clip: float) -> Tensor:
-    """w_t = min(exp(old_logprob_t - rollout_logprob_t), clip): the learner's probability over the sampler's, cut from above.
-
-    Ionides 2008, "Truncated Importance Sampling" (section 2); the cut of Espeholt et al. 2018 (arXiv 1802.01561) eq. 1's rho.
-    Any one shape; no gradient. An overflow of exp is cut like any other large ratio.
-    """
-    assert old_logprobs.shape == rollout_logprobs.shape, f"old {tuple(old_logprobs.shape)}, rollout {tuple(rollout_logprobs.shape)}"
-    return (old_logprobs - rollout_logprobs).exp().clamp(max=clip)
-
-
-@torch.no_grad()
-def mismatch_kl(old_logprobs: Tensor, rollout_logprobs: Tensor) -> Tensor:
-    """Per-token k3 estimate of KL(sampler || learner) at one policy version, from tokens that the sampler sampled.
-
-    `kl_estimate` with the sampler as policy and the learner's recomputation as reference. Any one shape; no gradient.
-    """
-    return kl_estimate(rollout_logprobs, old_logprobs, "k3")
 
 
 def mean_abs_difference(x: Tensor, y: Tensor, mask: Tensor, all_sum: AllSum = identity) -> Tensor:

@@ -51,6 +51,15 @@ class LearnerActor:
     def save_policy(self, directory: str, tokenizer_dir: str) -> None:
         self.learner.save_policy(directory, tokenizer_dir)
 
+    def save_state(self, directory: str) -> None:
+        self.learner.save_state(directory)
+
+    def finish_save(self) -> None:
+        self.learner.finish_save()
+
+    def load_state(self, directory: str) -> None:
+        self.learner.load_state(directory)
+
     def connect_weights(self, backend: str, rollout_actors: list[Any]) -> None:
         import ray
 

@@ -6,11 +6,10 @@ boundary is set by hand), and it averages gradients over ranks (the loss is a su
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
@@ -20,13 +19,20 @@ from torch import Tensor, nn
 
 from toolrl_ray.config import LearnerConfig
 from toolrl_ray.learner.engine import (
+    MOMENTS,
+    WEIGHT,
     Forward,
+    adam_state,
+    get_adam_step,
     learner_device,
     make_optimizer,
     policy_tensors,
+    set_adam_step,
     tensor_metadata,
+    trained_parameters,
     warmed_up_lr,
     whole_copies,
+    whole_state,
 )
 from toolrl_ray.learner.lora import adapter_tensors, merged
 from toolrl_ray.learner.model import PolicyWithValue
@@ -69,14 +75,15 @@ class DeepSpeedEngine:
     ):
         self.device = learner_device(config)
         self.config = config
+        self.rank = rank
         self.world_size = world_size
         self.deepspeed = start(rank, world_size, init_method, self.device, config.update_timeout_s)
         self._settings = _settings(config, dtype)
-        optimizer = make_optimizer(module, config)
-        self.engine, *_ = self.deepspeed.initialize(model=module, optimizer=optimizer, config=self._settings, dist_init_required=False)
+        self._adam = make_optimizer(module, config)  # stays the one that steps, on what DeepSpeed makes of the parameters
+        self.engine, *_ = self.deepspeed.initialize(model=module, optimizer=self._adam, config=self._settings, dist_init_required=False)
         self.module = module
         self.lr = warmed_up_lr(config, 0)
-        self._step = itertools.count()
+        self.num_steps = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return self.engine(*args, **kwargs)
@@ -86,7 +93,8 @@ class DeepSpeedEngine:
         self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
     def step(self) -> float:
-        self.lr = warmed_up_lr(self.config, next(self._step))
+        self.lr = warmed_up_lr(self.config, self.num_steps)
+        self.num_steps += 1
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.lr
         norm = None
@@ -122,6 +130,67 @@ class DeepSpeedEngine:
 
     def weights_metadata(self) -> list[tuple[str, tuple[int, ...], str]]:
         return [tensor_metadata(name, tensor) for name, tensor in policy_tensors(self.module.lm)]
+
+    def state(self) -> Iterator[tuple[str, str, Tensor]]:
+        if self.config.zero_stage == 0:
+            yield from whole_state(self._adam, self.module)
+            return
+        self._ready_moments()
+        utils = self.deepspeed.utils
+        for name, p in trained_parameters(self.module):
+            yield WEIGHT, name, utils.safe_get_full_fp32_param(p)
+            for kind in MOMENTS:
+                yield kind, name, utils.safe_get_full_optimizer_state(p, kind)
+
+    def load_state(self, read: Callable[[str, str], Tensor], num_steps: int, adam_step: int) -> None:
+        (self._load_whole, self._load_zero_1_2, self._load_zero_1_2, self._load_zero_3)[self.config.zero_stage](read)
+        set_adam_step(self._adam, adam_step)
+        self.num_steps, self.lr = num_steps, warmed_up_lr(self.config, max(num_steps - 1, 0))
+
+    def adam_step(self) -> int:
+        return get_adam_step(self._adam)
+
+    def _load_whole(self, read: Callable[[str, str], Tensor]) -> None:
+        for kind, name, tensor in self.state():
+            tensor.copy_(read(kind, name))
+        for (_, p), master in zip(trained_parameters(self.module), self._adam.param_groups[0]["params"], strict=True):
+            p.data.copy_(master.data)
+
+    def _load_zero_1_2(self, read: Callable[[str, str], Tensor]) -> None:
+        self._ready_moments()
+        utils = self.deepspeed.utils
+        for name, p in trained_parameters(self.module):
+            utils.safe_set_full_fp32_param(p, read(WEIGHT, name))
+            for kind in MOMENTS:
+                utils.safe_set_full_optimizer_state(p, read(kind, name), kind)
+        self.engine.optimizer.update_lp_params()
+
+    def _load_zero_3(self, read: Callable[[str, str], Tensor]) -> None:
+        self._ready_moments()
+        utils = self.deepspeed.utils
+
+        def own(p: nn.Parameter, whole: Tensor) -> Tensor:  # DeepSpeed's own cut fails where the ranks' shares are padded
+            padded = nn.functional.pad(whole.flatten(), (0, p.ds_tensor.numel() * self.world_size - p.ds_numel))
+            return padded.view(self.world_size, -1)[self.rank]
+
+        for name, p in trained_parameters(self.module):
+            weight = read(WEIGHT, name)
+            utils.safe_set_local_fp32_param(p, own(p, weight))
+            for kind in MOMENTS:
+                utils.safe_set_local_optimizer_state(p, own(p, read(kind, name)), kind)
+            with self.deepspeed.zero.GatheredParameters([p], modifier_rank=0):
+                p.data.copy_(weight)
+
+    def _ready_moments(self) -> None:
+        """Under ZeRO 1 to 3 the moments and DeepSpeed's way to them exist only after the first step."""
+        zero = self.engine.optimizer
+        if self.config.zero_stage == 3:
+            for flat in zero.fp32_partitioned_groups_flat:
+                adam_state(self._adam, flat)
+            return
+        for parameters, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+            adam_state(self._adam, flat)
+            self.deepspeed.utils.lazy_init_hp_params_optimizer_state(parameters, flat, self._adam.state)
 
     def all_sum(self, x: Tensor) -> Tensor:
         x = x.clone()

@@ -6,7 +6,6 @@ the whole minibatch, over all ranks and microbatches, so an engine adds gradient
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -19,6 +18,7 @@ from toolrl_ray.learner.lora import adapter_tensors, merged
 from toolrl_ray.learner.model import PolicyWithValue
 
 Forward = Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]  # called as PolicyWithValue.forward
+WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")  # the kinds of tensor that training a parameter changes
 
 
 class Engine(Protocol):
@@ -27,6 +27,7 @@ class Engine(Protocol):
     module: PolicyWithValue
     device: torch.device
     lr: float  # of the last step, or of the first one to come
+    num_steps: int  # optimiser steps taken
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
 
@@ -49,6 +50,16 @@ class Engine(Protocol):
     def weights_metadata(self) -> list[tuple[str, tuple[int, ...], str]]:
         """(name, full shape, dtype name such as "float32") in the order of `named_weights`."""
 
+    def state(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(kind, name in `module`, full float32 tensor) of everything trained, each name with WEIGHT and both MOMENTS. A tensor is valid
+        until the next is asked for."""
+
+    def load_state(self, read: Callable[[str, str], Tensor], num_steps: int, adam_step: int) -> None:
+        """Takes `state` back, at any number of ranks and ZeRO stage. read(kind, name): the full tensor, on CPU."""
+
+    def adam_step(self) -> int:
+        """AdamW's own count of its steps, for its bias correction. (Not num_steps: with bfloat16 and ZeRO 0 DeepSpeed takes one ahead.)"""
+
     def all_sum(self, x: Tensor) -> Tensor:
         """Sum over ranks, as a new tensor."""
 
@@ -69,6 +80,36 @@ def make_optimizer(module: nn.Module, config: LearnerConfig) -> torch.optim.Adam
 def warmed_up_lr(config: LearnerConfig, step: int) -> float:
     """Learning rate of optimiser step 0, 1, ...: linear up to config.lr, which step warmup_steps - 1 is the first to have."""
     return config.lr * min(1.0, (step + 1) / max(1, config.warmup_steps))
+
+
+def trained_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """In the order in which `make_optimizer` takes them."""
+    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+
+
+def adam_state(adam: torch.optim.AdamW, p: Tensor) -> dict[str, Tensor]:
+    """AdamW's live state of p: MOMENTS and "step". Before its first step, where it has none yet, what it would begin with."""
+    state = adam.state[p]
+    if not state:
+        state.update({"step": torch.zeros(()), **{kind: torch.zeros_like(p) for kind in MOMENTS}})
+    return state
+
+
+def get_adam_step(adam: torch.optim.AdamW) -> int:
+    return max((int(state["step"]) for state in adam.state.values()), default=0)
+
+
+def set_adam_step(adam: torch.optim.AdamW, step: int) -> None:
+    for state in adam.state.values():
+        state["step"].fill_(step)
+
+
+def whole_state(adam: torch.optim.AdamW, module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """`Engine.state` where nothing is partitioned: the live tensors. What adam updates is the parameters, or float32 copies of them."""
+    for (name, _), master in zip(trained_parameters(module), adam.param_groups[0]["params"], strict=True):
+        yield WEIGHT, name, master.detach()
+        for kind in MOMENTS:
+            yield kind, name, adam_state(adam, master)[kind]
 
 
 def policy_tensors(lm: nn.Module) -> list[tuple[str, Tensor]]:
@@ -100,7 +141,7 @@ class TorchEngine:
         self.config = config
         self.optimizer = make_optimizer(module, config)
         self.lr = warmed_up_lr(config, 0)
-        self._step = itertools.count()
+        self.num_steps = 0
         self._autocast = dtype == "bfloat16"
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -114,7 +155,8 @@ class TorchEngine:
         loss.backward()
 
     def step(self) -> float:
-        self.lr = warmed_up_lr(self.config, next(self._step))
+        self.lr = warmed_up_lr(self.config, self.num_steps)
+        self.num_steps += 1
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.max_grad_norm)
@@ -134,6 +176,18 @@ class TorchEngine:
 
     def weights_metadata(self) -> list[tuple[str, tuple[int, ...], str]]:
         return [tensor_metadata(name, tensor) for name, tensor in policy_tensors(self.module.lm)]
+
+    def state(self) -> Iterator[tuple[str, str, Tensor]]:
+        return whole_state(self.optimizer, self.module)
+
+    def load_state(self, read: Callable[[str, str], Tensor], num_steps: int, adam_step: int) -> None:
+        for kind, name, tensor in self.state():
+            tensor.copy_(read(kind, name))
+        set_adam_step(self.optimizer, adam_step)
+        self.num_steps, self.lr = num_steps, warmed_up_lr(self.config, max(num_steps - 1, 0))
+
+    def adam_step(self) -> int:
+        return get_adam_step(self.optimizer)
 
     def all_sum(self, x: Tensor) -> Tensor:
         return x.clone()

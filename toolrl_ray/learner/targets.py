@@ -6,12 +6,13 @@ trained token), so every rank computes the same targets, bit for bit, whatever t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from toolrl_ray.algos import advantages, losses
+from toolrl_ray.algos import advantages, losses, off_policy
 from toolrl_ray.algos.masked import masked_mean, masked_whiten
 from toolrl_ray.config import AlgoConfig
 from toolrl_ray.learner.batch import Batch
@@ -21,7 +22,7 @@ from toolrl_ray.learner.engine import Engine, Forward
 @dataclass(frozen=True)
 class Targets:
     """All float32 [B, A], 0 where masked. returns is None unless advantages are estimated with a value function; ref_logprobs
-    is None without a reference."""
+    is None without a reference. weights: see algos/off_policy.py."""
 
     old_logprobs: Tensor
     old_values: Tensor | None
@@ -62,22 +63,46 @@ def make_targets(
             advantage, returns = advantages.gae(rewards, old_values, batch.mask, algo.gamma, algo.gae_lambda)
             if algo.whiten_advantages:
                 advantage = masked_whiten(advantage, batch.mask)
-    weights = losses.truncated_importance_weights(old_logprobs, batch.rollout_logprobs, algo.tis_clip)
+    weights = off_policy.truncated_importance_weights(
+        old_logprobs, batch.rollout_logprobs, batch.mask, algo.tis_clip, algo.tis_level, algo.ratio_band
+    )
     return Targets(old_logprobs, old_values, ref_logprobs, weights, advantage, returns)
 
 
-def target_metrics(batch: Batch, targets: Targets, tis_clip: float) -> dict[str, float]:
+def target_metrics(batch: Batch, targets: Targets, algo: AlgoConfig) -> dict[str, float]:
     """Of the batch before its update. objective/kl (nats per episode, k1) is there only where there is a reference."""
+    metrics = off_policy_metrics(batch, targets, algo)
+    if targets.ref_logprobs is not None:
+        metrics["objective/kl"] = float((targets.old_logprobs - targets.ref_logprobs).sum() / len(batch.mask))  # both are 0 where masked
+    if targets.returns is not None:
+        metrics["ppo/explained_variance"] = float(losses.explained_variance(targets.old_values, targets.returns, batch.mask))
+    return metrics
+
+
+def off_policy_metrics(batch: Batch, targets: Targets, algo: AlgoConfig) -> dict[str, float]:
+    """How far the sampler was from the weights that the update starts from, over the batch's trained tokens.
+
+    mismatch/*: of tokens that these weights sampled (staleness 0); off_policy/kl: of older ones. Left out where there is no such token.
+    off_policy/tis_mean: of the weights as they are used, 0 outside algo.ratio_band. off_policy/tis_clipped_share: tokens in the band whose
+    weight is cut; off_policy/masked_share: tokens outside it.
+    """
     old, rollout, mask = targets.old_logprobs, batch.rollout_logprobs, batch.mask
+    fresh, stale = mask & (batch.staleness == 0), mask & (batch.staleness > 0)
+    kl = off_policy.sampler_kl(old, rollout)
+    inside = off_policy.in_band(old, rollout, mask, algo.ratio_band)
+    cut = inside & (off_policy.log_importance(old, rollout, mask, algo.tis_level) > math.log(algo.tis_clip))
     tokens = {
-        "mismatch/kl": losses.mismatch_kl(old, rollout),
-        "mismatch/mean_abs_logprob_diff": (old - rollout).abs(),
-        "mismatch/tis_mean": targets.weights,
-        "mismatch/tis_clipped_share": (old - rollout > torch.tensor(tis_clip).log().item()).float(),
+        "off_policy/stale_share": stale.float(),
+        "off_policy/staleness_mean": batch.staleness.float(),
+        "off_policy/tis_mean": targets.weights,
+        "off_policy/tis_clipped_share": cut.float(),
+        "off_policy/masked_share": (~inside).float(),
     }
     metrics = {name: float(masked_mean(x, mask)) for name, x in tokens.items()}
-    if targets.ref_logprobs is not None:
-        metrics["objective/kl"] = float((old - targets.ref_logprobs).sum() / len(mask))  # both are 0 where masked
-    if targets.returns is not None:
-        metrics["ppo/explained_variance"] = float(losses.explained_variance(targets.old_values, targets.returns, mask))
+    metrics["off_policy/staleness_max"] = float(batch.staleness.max())
+    if fresh.any():
+        metrics["mismatch/kl"] = float(masked_mean(kl, fresh))
+        metrics["mismatch/mean_abs_logprob_diff"] = float(losses.mean_abs_difference(old, rollout, fresh))
+    if stale.any():
+        metrics["off_policy/kl"] = float(masked_mean(kl, stale))
     return metrics

@@ -25,6 +25,7 @@ from toolrl_ray.learner.engine import Engine, Forward, TorchEngine
 from toolrl_ray.learner.export import write_policy
 from toolrl_ray.learner.lora import adapters_off, add_adapters
 from toolrl_ray.learner.model import PolicyWithValue, load_policy, load_trunk
+from toolrl_ray.learner.state import StateWriter, restore, snapshot
 from toolrl_ray.learner.targets import Targets, make_targets, score, target_metrics
 from toolrl_ray.types import Trajectory
 
@@ -41,6 +42,7 @@ class Learner:
     init_method: "tcp://host:port" that rank 0 listens on; None for a single rank.
     in_process: plain PyTorch instead of DeepSpeed, one rank, config.learner.zero_stage ignored.
     policy_version: 0, then one more for every update that changed the weights.
+    num_updates: calls of `update`, those that changed nothing included: the version of the weights in `Trajectory.policy_versions`.
     Raises UserError for a folder that holds no model.
     """
 
@@ -59,6 +61,7 @@ class Learner:
         self.world_size = world_size
         self.policy_version = 0
         self.num_updates = 0
+        self._writer = StateWriter(config.learner.update_timeout_s)
         algo = config.algo
         if algo.kl_controller == "adaptive":
             self.kl_controller: FixedKLController = AdaptiveKLController(algo.kl_coef, algo.kl_target, algo.kl_horizon)
@@ -104,7 +107,7 @@ class Learner:
         Raises LearnerError for an empty or impossible batch, and when the policy's logprobs are not finite.
         """
         start = time.perf_counter()
-        batch = make_batch(trajectories, self.engine.device)
+        batch = make_batch(trajectories, self.num_updates, self.engine.device)
         metrics = {
             "env/reward_mean": float(batch.scores.mean()),
             "objective/kl_coef": self.kl_controller.value,
@@ -112,7 +115,7 @@ class Learner:
         }
         if batch.num_trained:
             targets = self._targets(batch)
-            metrics |= target_metrics(batch, targets, self.config.algo.tis_clip)
+            metrics |= target_metrics(batch, targets, self.config.algo)
             if "objective/kl" in metrics:
                 self.kl_controller.update(metrics["objective/kl"], len(trajectories))
             metrics |= self._train(batch, targets)
@@ -243,3 +246,18 @@ class Learner:
         adapter = self.engine.adapter_weights()
         if self.rank == 0:
             write_policy(self.engine.module.lm, weights, adapter, directory, self.policy_dir, tokenizer_dir)
+
+    def save_state(self, directory: str) -> None:
+        """Everything that the next update depends on, into a folder that is there and that every rank can write to; a collective. The
+        snapshot is taken here, and written beside what follows. See learner/state.py."""
+        self._writer.start(directory, snapshot(self))
+
+    def finish_save(self) -> None:
+        """Waits until this rank's files are written. Raises LearnerError saying what could not be."""
+        self._writer.finish()
+
+    def load_state(self, directory: str) -> None:
+        """Takes back what `save_state` wrote, with any engine, ZeRO stage and number of ranks; a collective.
+
+        Raises LearnerError in one line, before it has changed anything, for a folder that is incomplete or of another model."""
+        restore(self, directory)

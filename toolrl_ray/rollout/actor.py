@@ -45,8 +45,11 @@ class RolloutActor:
             self._inbox.run = EpisodeRunner(self._config, generate, self._tools, codec, call_format).run
             return os.getpid()
 
-    async def submit(self, requests: list[EpisodeRequest], temperature: float, max_in_flight: int) -> None:
-        self._inbox.submit(requests, temperature, max_in_flight)
+    async def submit(self, requests: list[EpisodeRequest], max_in_flight: int) -> None:
+        self._inbox.submit(requests, max_in_flight)
+
+    async def cancel(self, episode_ids: list[str]) -> None:
+        self._inbox.cancel(episode_ids)
 
     async def take(self, max_wait_s: float) -> list[Outcome]:
         return await self._inbox.take(max_wait_s)

@@ -25,18 +25,27 @@ class Inbox:
     """
 
     def __init__(self) -> None:
-        self.run: Callable[[EpisodeRequest, float], Awaitable[Trajectory]]
-        self._waiting: deque[tuple[EpisodeRequest, float]] = deque()
+        self.run: Callable[[EpisodeRequest], Awaitable[Trajectory]]
+        self._waiting: deque[EpisodeRequest] = deque()
         self._places = 1
         self._running: set[asyncio.Task[None]] = set()
         self._away: set[asyncio.Task[None]] = set()  # those between two completions
         self._finished: list[Outcome] = []
         self._some = asyncio.Event()
 
-    def submit(self, requests: list[EpisodeRequest], temperature: float, max_in_flight: int) -> None:
+    def submit(self, requests: list[EpisodeRequest], max_in_flight: int) -> None:
         self._places = max_in_flight + max_in_flight // 8
-        self._waiting.extend((request, temperature) for request in requests)
+        self._waiting.extend(requests)
         self._start()
+
+    def cancel(self, episode_ids: list[str]) -> None:
+        """Nothing of these is handed over any more. What they wait for, a completion or a tool, is called off with them."""
+        gone = set(episode_ids)
+        self._waiting = deque(request for request in self._waiting if request.episode_id not in gone)
+        self._finished = [outcome for outcome in self._finished if outcome.episode_id not in gone]
+        for task in self._running:
+            if task.get_name() in gone:
+                task.cancel()
 
     def sampling(self, generate: GenerateFn) -> GenerateFn:
         async def in_place(token_ids: list[int], params: SamplingParams) -> Completion:
@@ -53,7 +62,8 @@ class Inbox:
 
     def _start(self) -> None:
         while self._waiting and len(self._running) - len(self._away) < self._places:
-            task = asyncio.create_task(self._run(*self._waiting.popleft()))
+            request = self._waiting.popleft()
+            task = asyncio.create_task(self._run(request), name=request.episode_id)
             self._running.add(task)
             task.add_done_callback(self._ended)
 
@@ -74,9 +84,9 @@ class Inbox:
         self._some.clear()
         return finished
 
-    async def _run(self, request: EpisodeRequest, temperature: float) -> None:
+    async def _run(self, request: EpisodeRequest) -> None:
         try:
-            outcome = Outcome(request.episode_id, await self.run(request, temperature))
+            outcome = Outcome(request.episode_id, await self.run(request))
         except Exception as error:
             log.exception("episode %s failed in the harness", request.episode_id)
             outcome = Outcome(request.episode_id, None, f"{type(error).__name__}: {error}")

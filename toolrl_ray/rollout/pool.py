@@ -1,15 +1,16 @@
 """The driver's side of collection: hands requests to the RolloutActors, takes trajectories, replaces what dies.
 
-Consumes: a list of requests. Waits for: `take` of each actor. Unblocked by: a finished episode, `TAKE_WAIT_S`, or the death
-of the actor. An actor that dies is restarted by Ray, loads its engine, gets the current weights through `readmit`, and only
-then gets work; meanwhile the others go on with its episodes.
+Consumes: what `submit` is given. Waits for: `take` of each actor. Unblocked by: a finished episode, the deadline of `poll`, or the
+death of an actor. An actor is present, or starting (after a death, or because the cluster had no room for it yet), or loaded and waiting
+for the weights; only a present one gets work. Its episodes go to the others meanwhile, and the run goes on as long as one is present.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Collection
 from typing import Any
 
 import ray
@@ -22,6 +23,8 @@ from toolrl_ray.types import EpisodeRequest, Trajectory
 
 log = logging.getLogger(__name__)
 TAKE_WAIT_S = 2.0
+IDLE_S = 0.05
+PING_S = 10.0
 AHEAD = 2  # an actor is given so many times what it runs at once, so that it never waits for this process
 UNRESPONSIVE_S = 120.0  # a process that does not answer `take` for so long is killed and replaced
 MAX_RESTARTS_IN_A_ROW = 3  # of one actor, with no episode finished in between
@@ -38,31 +41,52 @@ def _start_error(index: int, error: RayError) -> ToolRLError:
 
 
 class RolloutPool:
-    """readmit: called when restarted engines are up, before they get work; brings every engine to the current weights.
-    service_stats: the tools' own numbers, beside those that the actors' clients count."""
+    """actors: the first rollout.num_actors must come up before the run begins; further ones join it when the cluster has room for them.
+    readmit: brings loaded engines to the current weights before they get work; False when that has to wait.
+    service_stats: the tools' own numbers, beside those that the actors' clients count.
+
+    Everything but `reachable` belongs to one thread.
+    """
+
+    concurrent = True  # episodes go on while nobody polls
 
     def __init__(
-        self, config: RunConfig, actors: list[Any], readmit: Callable[[], None], service_stats: Callable[[], dict[str, float]] = dict
+        self,
+        config: RunConfig,
+        actors: list[Any],
+        readmit: Callable[[], bool] = lambda: True,
+        service_stats: Callable[[], dict[str, float]] = dict,
     ):
         self._config = config
         self._actors = actors
         self._readmit = readmit
         self._service_stats = service_stats
+        self._max_in_flight = config.rollout.max_in_flight
+        self._num_first = config.rollout.num_actors
+        self._book = Assignment(len(actors), config.rollout.max_tries, absent=range(self._num_first, len(actors)))
         self._takes: dict[Any, tuple[int, float]] = {}  # pending `take` -> (actor, asked at)
-        self._starts: dict[Any, tuple[int, float]] = {}  # pending `start` of a restarted actor -> (actor, asked at)
+        self._starts: dict[Any, tuple[int, float]] = {}  # pending `start` of an actor that is not up -> (actor, asked at)
+        self._loaded: set[int] = set()  # up, but not yet given the current weights
+        self._missed: deque[int] = deque()  # found dead by `reachable`
         self._restarts_in_a_row = [0] * len(actors)
-        self._pids: list[int | None] = [None] * len(actors)
+        self.pids: list[int | None] = [None] * len(actors)  # of their processes, as far as they are known
         self.num_restarts = 0
-        self.num_rerun = 0
 
-    def start(self) -> list[int]:
-        """Load all engines that are not loaded, after a death too; returns their process ids.
+    @property
+    def num_rerun(self) -> int:
+        return self._book.num_rerun
 
-        Raises RolloutError naming the actor that did not come up within rollout.start_timeout_s.
-        """
+    @property
+    def num_outstanding(self) -> int:
+        return self._book.num_outstanding
+
+    def start(self) -> None:
+        """Load the first engines. Raises RolloutError naming the actor that did not come up within rollout.start_timeout_s."""
         refs = [actor.start.remote() for actor in self._actors]
-        deadline = time.monotonic() + self._config.rollout.start_timeout_s
-        for i, ref in enumerate(refs):
+        now = time.monotonic()
+        deadline = now + self._config.rollout.start_timeout_s
+        self._starts = {ref: (i, now) for i, ref in enumerate(refs) if i >= self._num_first}
+        for i, ref in enumerate(refs[: self._num_first]):
             try:
                 self._note(i, ray.get(ref, timeout=max(0.1, deadline - time.monotonic())))
             except GetTimeoutError:
@@ -70,88 +94,127 @@ class RolloutPool:
                 raise RolloutError(f"RolloutActor {i} was not ready within {seconds:g} s (rollout.start_timeout_s)") from None
             except RayError as error:
                 raise _start_error(i, error) from None
-        return [pid for pid in self._pids if pid is not None]
 
     def _note(self, index: int, pid: int) -> None:
-        self.num_restarts += self._pids[index] not in (None, pid)
-        self._pids[index] = pid
+        self.num_restarts += self.pids[index] not in (None, pid)
+        self.pids[index] = pid
 
-    def collect(
-        self,
-        requests: list[EpisodeRequest],
-        *,
-        temperature: float,
-        max_in_flight: int | None = None,
-        on_trajectories: Callable[[list[Trajectory]], None] = lambda _: None,
-    ) -> list[Trajectory]:
-        """Run every request to its end; trajectories come back in the order of the requests.
+    def reachable(self) -> list[Any]:
+        """The actors whose engines are loaded, for a weight sync; may be called from another thread. One that does not answer is left out,
+        and joins again as after any death. Waits for the first one, if none is there, as long as an actor may take to start."""
+        indices = sorted({*self._book.present, *self._loaded}) or list(range(len(self._actors)))
+        refs = {self._actors[i].start.remote(): i for i in indices}
+        answered, _ = ray.wait(list(refs), num_returns=len(refs), timeout=PING_S)
+        if not answered:
+            answered, _ = ray.wait(list(refs), num_returns=1, timeout=self._config.rollout.start_timeout_s)
+        here = []
+        for ref, index in refs.items():
+            try:
+                if ref in answered and ray.get(ref, timeout=PING_S):
+                    here.append(self._actors[index])
+                    continue
+            except RayError:
+                log.debug("RolloutActor %d is gone", index, exc_info=True)
+            self._missed.append(index)
+        return here
 
-        Raises RolloutError when rollout.collect_timeout_s is over, or when actors keep dying.
+    def submit(self, requests: list[EpisodeRequest], *, max_in_flight: int | None = None) -> None:
+        """max_in_flight: episodes that one engine samples at once, from now on; default rollout.max_in_flight."""
+        self._max_in_flight = max_in_flight or self._config.rollout.max_in_flight
+        self._book.add(requests)
+        self._hand_out()
+
+    def poll(self, max_wait_s: float = TAKE_WAIT_S) -> list[Trajectory]:
+        """What has finished since the last call; waits for it at most `max_wait_s`.
+
+        Raises RolloutError when actors keep dying, or none has been there for rollout.start_timeout_s.
         """
-        rollout = self._config.rollout
-        in_flight = max_in_flight or rollout.max_in_flight
-        book = Assignment(requests, len(self._actors), AHEAD * in_flight, rollout.max_tries)
-        for index, _ in self._starts.values():
-            book.lost(index, "still starting")
-        deadline = time.monotonic() + rollout.collect_timeout_s
-        while not book.done:
-            if time.monotonic() > deadline:
-                raise RolloutError(f"no full batch within {rollout.collect_timeout_s:g} s (rollout.collect_timeout_s): {book.describe()}")
-            self._hand_out(book, temperature, in_flight)
-            ready, _ = ray.wait([*self._takes, *self._starts], num_returns=1, timeout=TAKE_WAIT_S)
+        self._admit_loaded()
+        self._hand_out()
+        finished: list[Trajectory] = []
+        if waiting := [*self._takes, *self._starts]:
+            ray.wait(waiting, num_returns=1, timeout=max_wait_s)
+            ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
             for ref in ready:
                 if ref in self._starts:
-                    self._rejoin(ref, book)
+                    self._rejoin(ref)
                 else:
-                    on_trajectories(self._take(ref, book))
-            self._kill_unresponsive()
-        self.num_rerun += book.num_rerun
-        return book.trajectories()
+                    finished += self._take(ref)
+        elif max_wait_s:
+            time.sleep(min(max_wait_s, IDLE_S))
+        self._kill_unresponsive()
+        return finished
 
-    def _hand_out(self, book: Assignment, temperature: float, in_flight: int) -> None:
+    def cancel(self, episode_ids: Collection[str]) -> None:
+        for index, here in self._book.cancel(episode_ids).items():
+            self._actors[index].cancel.remote(here)
+
+    def cancel_all(self) -> None:
+        """Nothing that was submitted is handed back any more, even if the same episodes are submitted again."""
+        self.cancel(self._book.outstanding())
+        if self._takes:  # those on their way hold episodes that were called off
+            ray.wait(list(self._takes), num_returns=len(self._takes), timeout=2 * TAKE_WAIT_S)
+            for ref in ray.wait(list(self._takes), num_returns=len(self._takes), timeout=0)[0]:
+                self._take(ref)
+
+    def _admit_loaded(self) -> None:
+        while self._missed:
+            index = self._missed.popleft()
+            if index in self._book.present or index in self._loaded:
+                self._lost(index, RolloutError("found dead at a weight sync"))
+        if self._loaded and self._readmit():
+            for index in self._loaded:
+                self._book.back(index)
+            self._loaded = set()
+
+    def _hand_out(self) -> None:
         asked = {index for index, _ in self._takes.values()}
         for index, actor in enumerate(self._actors):
-            if requests := book.next_for(index):
-                actor.submit.remote(requests, temperature, in_flight)  # a death in between shows in `take`
-            if book.num_running(index) and index not in asked:
+            if requests := self._book.next_for(index, AHEAD * self._max_in_flight):
+                actor.submit.remote(requests, self._max_in_flight)  # a death in between shows in `take`
+            if self._book.num_running(index) and index not in asked:
                 self._takes[actor.take.remote(TAKE_WAIT_S)] = (index, time.monotonic())
 
-    def _take(self, ref: Any, book: Assignment) -> list[Trajectory]:
+    def _take(self, ref: Any) -> list[Trajectory]:
         index, _ = self._takes.pop(ref)
         try:
             outcomes = ray.get(ref, timeout=TAKE_WAIT_S)
         except (RayActorError, RayTaskError) as error:  # dead, or replaced by Ray while it had no work and not loaded yet
-            self._lost(index, book, error)
+            self._lost(index, error)
             return []
-        trajectories = book.take(index, outcomes)
+        trajectories = self._book.take(index, outcomes)
         if trajectories:
             self._restarts_in_a_row[index] = 0
         return trajectories
 
-    def _lost(self, index: int, book: Assignment, error: Exception) -> None:
+    def _lost(self, index: int, error: Exception) -> None:
+        if index in (i for i, _ in self._starts.values()):
+            return
         self._restarts_in_a_row[index] += 1
         reason = " ".join(str(error).split())[:300]
         if self._restarts_in_a_row[index] > MAX_RESTARTS_IN_A_ROW:
             raise RolloutError(f"RolloutActor {index} died {MAX_RESTARTS_IN_A_ROW} times in a row; last: {reason}")
-        book.lost(index, reason)
-        # Ray restarts the process; its engine has to be loaded again.
+        log.info("RolloutActor %d is lost: %s", index, reason)
+        self._loaded.discard(index)
+        self._book.lost(index, reason)
+        # Ray restarts the process, where and when there is room; its engine has to be loaded again.
         self._starts[self._actors[index].start.remote()] = (index, time.monotonic())
 
-    def _rejoin(self, ref: Any, book: Assignment) -> None:
+    def _rejoin(self, ref: Any) -> None:
         index, _ = self._starts.pop(ref)
         try:
             self._note(index, ray.get(ref, timeout=TAKE_WAIT_S))
         except RayActorError as error:
-            return self._lost(index, book, error)
+            return self._lost(index, error)
         except RayTaskError as error:
             raise _start_error(index, error) from None
-        self._readmit()
-        book.back(index)
+        self._loaded.add(index)
 
     def _kill_unresponsive(self) -> None:
         now = time.monotonic()
         start_timeout_s = self._config.rollout.start_timeout_s
-        for index, asked_at in self._starts.values():
+        if not self._book.present and not self._loaded and self._starts:
+            index, asked_at = max(self._starts.values(), key=lambda start: start[1])
             if now - asked_at > start_timeout_s:
                 raise RolloutError(f"RolloutActor {index} did not come up again within {start_timeout_s:g} s (rollout.start_timeout_s)")
         for ref, (index, asked_at) in list(self._takes.items()):
@@ -160,10 +223,13 @@ class RolloutPool:
                 ray.kill(self._actors[index], no_restart=False)
                 self._takes[ref] = (index, now)  # its `take` ends with the actor's death
 
+    def describe(self) -> str:
+        return self._book.describe()
+
     def tool_stats(self) -> dict[str, float]:
         """Sums of the tool clients' counters over the actors that answer, and the service's own."""
         total: dict[str, float] = {}
-        for ref in [actor.stats.remote() for actor in self._actors]:
+        for ref in [self._actors[index].stats.remote() for index in self._book.present]:
             try:
                 stats = ray.get(ref, timeout=10)
             except (RayError, GetTimeoutError):

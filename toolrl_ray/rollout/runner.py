@@ -41,8 +41,7 @@ class EpisodeRunner:
         self._task = task_module(config.task)
         self._limits = Limits(**config.episode.model_dump(exclude={"shown", "call_format", "system"}))
 
-    async def run(self, request: EpisodeRequest, temperature: float) -> Trajectory:
-        """temperature: of the collection; the request's own goes before it."""
+    async def run(self, request: EpisodeRequest) -> Trajectory:
         trajectory = await run_episode(
             request,
             self._task.render_prompt(request.task, self._config.task.few_shot),
@@ -51,7 +50,7 @@ class EpisodeRunner:
             codec=self._codec,
             call_format=self._call_format,
             limits=self._limits,
-            temperature=temperature if request.temperature is None else request.temperature,
+            temperature=self._config.rollout.temperature if request.temperature is None else request.temperature,
             shown=self._config.episode.shown,
         )
         trajectory.reward = float(self._task.reward(trajectory))

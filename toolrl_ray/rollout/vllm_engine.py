@@ -52,6 +52,7 @@ class VLLMEngine:
         self._on_death = on_death
         self._update_open = False
         self._seed, self._draws_apart = config.seed, not on_gpu
+        self._recompute = config.weights.kv_cache == "recompute"
         num_sequences = max(config.rollout.max_in_flight, config.eval.max_in_flight)
         args = AsyncEngineArgs(
             model=policy_dir,
@@ -145,8 +146,9 @@ class VLLMEngine:
     # The weight-update protocol, in the order in which it is called.
 
     async def pause(self) -> None:
-        """Freeze requests where they are and drop the prefix cache, which belongs to the weights that are about to go."""
-        await self._llm.pause_generation(mode="keep", clear_cache=True)
+        """Freeze requests where they are. recompute: what is cached, of them and of prefixes, belongs to the weights that are about to go
+        and is dropped; what frozen requests need of it is computed again by the new ones."""
+        await self._llm.pause_generation(mode="keep", clear_cache=self._recompute)
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest

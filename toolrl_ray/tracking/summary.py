@@ -47,3 +47,20 @@ def _duration(seconds: float | None) -> str:
     hours, minutes = divmod(minutes, 60)
     parts = [(hours, "h"), (minutes, "min"), (rest, "s")]
     return " ".join(f"{value} {unit}" for value, unit in parts if value or unit == "s")
+
+
+def step_line(step: int, num_steps: int, numbers: Mapping[str, Any]) -> str:
+    """One finished step; "-" where a number is missing. idle: the shares of the step in which rollout and learner stood still."""
+
+    def number(key: str, form: str) -> str:
+        value = numbers.get(key)
+        return "-" if value is None else format(value, form)
+
+    width = len(str(num_steps))
+    return (
+        f"step {step:{width}}/{num_steps}  reward {number('env/reward_mean', '.3f')}  tool use {number('env/tool_use_rate', '.3f')}  "
+        f"kl {number('objective/kl', '.3f')}  mismatch kl {number('mismatch/kl', '.1e')}  "
+        f"{number('rollout/tokens_per_s', ',.0f')} tok/s, {number('rollout/in_flight_episodes', 'd')} in flight, "
+        f"staleness {number('stream/staleness_mean', '.1f')}  idle: rollout {number('time/rollout_idle_share', '.0%')}, "
+        f"learner {number('time/learner_idle_share', '.0%')}  {number('time/step_s', '.1f')} s"
+    )

@@ -6,20 +6,24 @@ and `WandbTracker.note` says in one line what happened. Nothing here ever prompt
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import netrc
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from toolrl_ray.config import RunConfig
+from toolrl_ray.run_dir import write_whole
 from toolrl_ray.types import SegmentKind, Trajectory
 
 Mode = Literal["off", "offline", "online"]
 INIT_TIMEOUT_S = 30.0
+ID_FILE = "wandb_id"  # in the run folder
 COLUMNS = ["step", "task", "prompt", "transcript", "answer", "reward", "stop_reason", "tool_calls"]
 
 logger = logging.getLogger(__name__)
@@ -56,7 +60,8 @@ def resolve_mode(asked: Literal["auto", "offline", "online", "off"]) -> tuple[Mo
 
 
 class WandbTracker:
-    """One W&B run. `note` is one line for the terminal: the mode, where the files or the page are, and why.
+    """One W&B run, which a run that is resumed goes on with. `note` is one line for the terminal: the mode, where the files or the page
+    are, and why.
     found: what the run found out about the machine, for the run's configuration on W&B."""
 
     def __init__(self, config: RunConfig, run_dir: Path, found: Mapping[str, Any] | None = None):
@@ -78,6 +83,8 @@ class WandbTracker:
         try:
             self._run = wandb.init(
                 project=config.tracking.wandb_project,
+                id=run_id(run_dir),
+                resume="allow",
                 name=run_dir.name,
                 tags=config.tracking.wandb_tags,
                 dir=str(run_dir),
@@ -88,6 +95,8 @@ class WandbTracker:
         except Exception as error:  # whatever wandb raises, a run must not end for the lack of its tracking
             logger.warning("wandb.init(mode=%s) failed", mode, exc_info=True)
             self._failure = _one_line(error)
+            with contextlib.suppress(Exception, SystemExit):
+                wandb.teardown()  # else the id stays taken in wandb's own process, and a second try could not have it
             return False
         return True
 
@@ -96,15 +105,21 @@ class WandbTracker:
             return "off"
         if self.mode == "online":
             return f"online at {self._run.url}"
-        return f"offline; to upload: wandb sync {Path(self._run.dir).parent}"
+        parts = Path(self._run.dir).parents[1].glob("offline-run-*")  # one of every start, in their order
+        return f"offline; to upload: wandb sync {' '.join(sorted(map(str, parts)))}"
 
     def log(self, step: int, metrics: Mapping[str, Any], trajectories: Sequence[Trajectory] = ()) -> None:
-        """One step: its metrics, and the first `tracking.num_transcripts` of its trajectories as a table."""
+        """One step: its metrics, and the first `tracking.num_transcripts` of its trajectories as a table.
+
+        A step before the newest that W&B has, which a resumed run does again, is left out: W&B takes none.
+        """
         if self._run is None:
             return
         import wandb
 
         try:
+            if step < self._run.step:
+                return
             data = dict(metrics)
             if rows := [transcript_row(step, trajectory) for trajectory in trajectories[: self._num_transcripts]]:
                 data["transcripts"] = wandb.Table(columns=COLUMNS, data=rows)
@@ -126,6 +141,14 @@ class WandbTracker:
     def _give_up(self, what: str, error: Exception) -> None:
         logger.warning("W&B: %s failed, no more is sent: %s", what, _one_line(error))
         self._run, self.mode = None, "off"
+
+
+def run_id(run_dir: Path) -> str:
+    """The id of the folder's W&B run, made at the first call. Offline, each start has files of its own, which `wandb sync` joins by it."""
+    path = run_dir / ID_FILE
+    if not path.exists():
+        write_whole(path, secrets.token_hex(4))
+    return path.read_text()
 
 
 def transcript_row(step: int, trajectory: Trajectory) -> list[Any]:

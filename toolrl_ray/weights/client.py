@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 
-from toolrl_ray.errors import WeightSyncError
+from toolrl_ray.errors import LearnerLost, WeightSyncError
 
 
 class RayWeightClient:
@@ -42,7 +42,8 @@ class RayWeightClient:
 def wait_all(phase: str, refs: list[Any], timeout_s: float, who: str = "RolloutActor") -> list[Any]:
     """The results of one phase from all actors.
 
-    Raises WeightSyncError naming the actor and the phase when one fails, dies or does not answer within `timeout_s`.
+    Raises WeightSyncError naming the actor and the phase when one fails, dies or does not answer within `timeout_s`; LearnerLost, saying
+    the same, for a LearnerActor that died.
     """
     done, _ = ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
     late = [i for i, ref in enumerate(refs) if ref not in done]
@@ -57,5 +58,6 @@ def wait_all(phase: str, refs: list[Any], timeout_s: float, who: str = "RolloutA
             if isinstance(cause, WeightSyncError):
                 raise cause from None
             reason = " ".join(str(cause).split())[:300]
-            raise WeightSyncError(f"weight sync: {who} {i} failed in phase {phase}: {type(cause).__name__}: {reason}") from error
+            kind = LearnerLost if who == "LearnerActor" and isinstance(error, RayActorError) else WeightSyncError
+            raise kind(f"weight sync: {who} {i} failed in phase {phase}: {type(cause).__name__}: {reason}") from error
     return results

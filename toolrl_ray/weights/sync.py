@@ -1,13 +1,14 @@
 """The driver's weight sync: pause the engines, let the learner send, resume. Each phase has a deadline that names it.
 
 Consumes: the learner's weights at a policy version. Waits for: the learner ranks and every RolloutActor. Unblocked by: their
-answers, their death, or weights.timeout_s. After a sync every engine's prefix cache is empty, because its entries were
-computed by the weights before.
+answers, their death, or weights.timeout_s. Episodes that are under way stay where they are and go on by the new weights, every token with
+the version that sampled it. What becomes of the engines' caches, which the weights before have computed, weights.kv_cache says.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from typing import Any
 
@@ -36,48 +37,64 @@ def shares_gpu(config: RunConfig) -> bool:
 
 
 class WeightSync:
-    """rollout: the RolloutPool. learners: LearnerActor handles, rank order."""
+    """pool: the RolloutPool. learners: LearnerActor handles, rank order; the list may be refilled by others.
 
-    def __init__(self, config: RunConfig, pool: Any, rollout_actors: list[Any], learners: list[Any]):
+    changing: held, from before an update begins until its weights are synced, by whoever does that. Meanwhile nobody else may send:
+    the learner's weights would be taken for those of another version.
+    """
+
+    def __init__(self, config: RunConfig, pool: Any, learners: list[Any]):
         self._config = config
         self._pool = pool
-        self._actors = rollout_actors
+        self._actors: list[Any] = []
         self._learners = learners
         self.backend = select_backend(config)
         self.policy_version = 0
+        self.changing = threading.RLock()
         self._connected = False
 
     def connect(self) -> None:
-        """Rendezvous of learner and engines, once all engines are up; again after one was replaced."""
-        self._pool.start()
+        """Rendezvous of the learner and all engines that are up; again after one was lost or has joined."""
+        self._actors = self._pool.reachable()
         refs = [learner.connect_weights.remote(self.backend, self._actors) for learner in self._learners]
         wait_all("connect", refs, self._config.weights.timeout_s, "LearnerActor")
         self._connected = True
 
     def sync(self, policy_version: int) -> dict[str, float]:
-        """Bring every engine to the learner's current weights.
+        """Bring every engine that is up to the learner's current weights.
 
-        Raises WeightSyncError after MAX_TRIES attempts; between them, engines that died are replaced and connected.
+        Raises WeightSyncError after MAX_TRIES attempts; between them, engines that died are left out, to be readmitted later.
         """
-        self.policy_version = policy_version
-        started = time.monotonic()
-        for attempt in range(1, MAX_TRIES + 1):
-            try:
-                if not self._connected:
-                    self.connect()
-                self._sync_once()
-                break
-            except WeightSyncError as error:
-                self._connected = False
-                if attempt == MAX_TRIES:
-                    raise
-                log.warning("%s; trying again (%d of %d)", error, attempt + 1, MAX_TRIES)
+        with self.changing:
+            self.policy_version = policy_version
+            started = time.monotonic()
+            for attempt in range(1, MAX_TRIES + 1):
+                try:
+                    if not self._connected:
+                        self.connect()
+                    self._sync_once()
+                    break
+                except WeightSyncError as error:
+                    self._connected = False
+                    if attempt == MAX_TRIES:
+                        raise
+                    log.warning("%s; trying again (%d of %d)", error, attempt + 1, MAX_TRIES)
         return {"time/weight_sync_s": time.monotonic() - started, "weights/policy_version": policy_version}
 
-    def readmit(self) -> None:
-        """Connect to replaced engines and bring all of them to the current version."""
+    def readmit(self) -> bool:
+        """Connect to engines that have come up and bring all to the current version. False, and nothing done, while `changing` is held."""
+        if not self.changing.acquire(blocking=False):
+            return False
+        try:
+            self._connected = False
+            self.sync(self.policy_version)
+            return True
+        finally:
+            self.changing.release()
+
+    def reconnect(self) -> None:
+        """The learner's processes are new ones."""
         self._connected = False
-        self.sync(self.policy_version)
 
     def _sync_once(self) -> None:
         timeout_s = self._config.weights.timeout_s

@@ -1,4 +1,4 @@
-"""Logprobs and entropy from logits, KL estimators, importance weights: exact expectations on small categoricals."""
+"""Logprobs and entropy from logits, KL estimators: exact expectations on small categoricals."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from toolrl_ray.algos.losses import (
     entropy_from_logits,
     kl_estimate,
     logprobs_from_logits,
-    mismatch_kl,
-    truncated_importance_weights,
 )
 
 logit_rows = st.lists(st.floats(-8, 8), min_size=4, max_size=4)
@@ -157,27 +155,3 @@ def test_k3_keeps_its_digits_for_small_differences_and_stays_finite_for_huge_one
     k3 = kl_estimate(torch.zeros(2), huge, "k3")
     k3.sum().backward()
     assert torch.isfinite(k3).all() and torch.equal(huge.grad, torch.zeros(2))
-
-
-def test_truncated_importance_weights_of_hand_computed_numbers():
-    old = torch.tensor([0.5, 1.0, 4.0, 1.0]).log()
-    old[3] = 500.0  # overflows exp
-    weights = truncated_importance_weights(old.requires_grad_(), torch.zeros(4), 2.0)
-    torch.testing.assert_close(weights, torch.tensor([0.5, 1.0, 2.0, 2.0]))
-    assert not weights.requires_grad
-
-
-@given(logit_rows, logit_rows, st.floats(0.5, 1e9))
-def test_importance_weights_correct_the_samplers_expectation_when_the_cut_does_not_bind(learner, sampler, clip):
-    p, q = categoricals(learner, sampler)
-    weights = truncated_importance_weights(p, q, clip)
-    assert weights.max() <= clip
-    if (p - q).exp().max() <= clip:
-        torch.testing.assert_close(q.exp() * weights, p.exp())
-
-
-@given(logit_rows, logit_rows)
-def test_mismatch_kl_is_unbiased_for_kl_of_sampler_to_learner(learner, sampler):
-    p, q = categoricals(learner, sampler)
-    expected = (q.exp() * (q - p)).sum().item()
-    assert (q.exp() * mismatch_kl(p, q)).sum().item() == pytest.approx(expected, rel=1e-6, abs=1e-9)

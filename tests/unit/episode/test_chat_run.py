@@ -13,6 +13,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from tests.unit.episode.chatml import CHATML, call, tokenizer_with
 from tests.unit.episode.script import REQUEST, Script, said
 from toolrl_ray import preflight, recipe
+from toolrl_ray.collector import collect
 from toolrl_ray.config import RunConfig
 from toolrl_ray.errors import ConfigError
 from toolrl_ray.in_process import InProcessRollout
@@ -99,7 +100,7 @@ def test_a_chat_model_calls_the_calculator_and_its_answer_is_rewarded(model: Pat
         await tools.start()
         runner = EpisodeRunner(config, script, tools, codec, make_call_format(config, codec, tools.infos()))
         try:
-            return await runner.run(REQUEST, 1.0)
+            return await runner.run(REQUEST)
         finally:
             await tools.close()
 
@@ -113,7 +114,7 @@ def test_a_chat_model_calls_the_calculator_and_its_answer_is_rewarded(model: Pat
 def test_an_engine_samples_turns_of_a_chat(model: Path) -> None:
     rollout = InProcessRollout(chat_config(model, "episode.max_turn_tokens=150"), str(model))
     try:
-        trajectories = rollout.collect([replace(REQUEST, episode_id=f"1:{i}:0") for i in range(16)], temperature=1.0)
+        trajectories = collect(rollout, [replace(REQUEST, episode_id=f"{i}:0") for i in range(16)], timeout_s=300)
     finally:
         rollout.close()
     [end] = load_codec(str(model)).eos_token_ids

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from toolrl_ray.errors import RolloutError
@@ -17,74 +17,89 @@ def finished(request: EpisodeRequest) -> Outcome:
     return Outcome(request.episode_id, Trajectory(request, [1], [False], [0.0], [-1], [], [], StopReason.EOS, 1, 0.1))
 
 
+def book(count: int, num_actors: int, max_tries: int = 3, absent: tuple[int, ...] = ()) -> Assignment:
+    assignment = Assignment(num_actors, max_tries, absent)
+    assignment.add(requests(count))
+    return assignment
+
+
 def test_work_is_spread_evenly_and_within_the_bound():
-    book = Assignment(requests(10), num_actors=2, max_in_flight=4, max_tries=3)
-    assert [len(book.next_for(0)), len(book.next_for(1))] == [4, 4]
-    small = Assignment(requests(3), num_actors=2, max_in_flight=8, max_tries=3)
-    assert [len(small.next_for(0)), len(small.next_for(1))] == [2, 1]
+    large = book(10, num_actors=2)
+    assert [len(large.next_for(0, 4)), len(large.next_for(1, 4))] == [4, 4]
+    small = book(3, num_actors=2)
+    assert [len(small.next_for(0, 8)), len(small.next_for(1, 8))] == [2, 1]
 
 
 def test_a_death_costs_that_actors_episodes_and_nothing_else():
-    all_requests = requests(6)
-    book = Assignment(all_requests, num_actors=2, max_in_flight=3, max_tries=3)
-    first, second = book.next_for(0), book.next_for(1)
-    book.take(0, [finished(first[0])])
-    book.lost(0, "killed")
-    assert book.next_for(0) == []
-    book.take(1, [finished(r) for r in second])
-    again = book.next_for(1)
+    assignment = book(6, num_actors=2)
+    first, second = assignment.next_for(0, 3), assignment.next_for(1, 3)
+    assignment.take(0, [finished(first[0])])
+    assignment.lost(0, "killed")
+    assert assignment.next_for(0, 3) == []
+    assignment.take(1, [finished(r) for r in second])
+    again = assignment.next_for(1, 3)
     assert {r.episode_id for r in again} == {r.episode_id for r in first[1:]}
-    assert book.num_rerun == 2
-    book.take(1, [finished(r) for r in again])
-    assert book.done
-    assert [t.request for t in book.trajectories()] == all_requests
+    assert assignment.num_rerun == 2
+    assignment.take(1, [finished(r) for r in again])
+    assert assignment.num_outstanding == 0
 
 
 def test_an_episode_that_keeps_failing_is_named():
-    book = Assignment(requests(1), num_actors=1, max_in_flight=1, max_tries=2)
-    book.next_for(0)
-    book.take(0, [Outcome("e0", None, "ValueError: bad")])
-    book.next_for(0)
+    assignment = book(1, num_actors=1, max_tries=2)
+    assignment.next_for(0, 1)
+    assignment.take(0, [Outcome("e0", None, "ValueError: bad")])
+    assignment.next_for(0, 1)
     with pytest.raises(RolloutError, match=r"episode e0 of task t0 failed 2 times \(rollout.max_tries\); last: ValueError: bad"):
-        book.take(0, [Outcome("e0", None, "ValueError: bad")])
+        assignment.take(0, [Outcome("e0", None, "ValueError: bad")])
 
 
-def test_outcomes_of_an_abandoned_collection_are_ignored():
-    book = Assignment(requests(1), num_actors=1, max_in_flight=1, max_tries=2)
-    book.next_for(0)
-    assert book.take(0, [finished(EpisodeRequest("old", "g", Task("t", "q", "a", "test")))]) == []
-    assert not book.done
+def test_an_episode_that_was_called_off_is_not_handed_back():
+    assignment = book(3, num_actors=1)
+    running = assignment.next_for(0, 2)
+    assert assignment.cancel(["e1", "e2"]) == {0: ["e1"]}
+    assert assignment.take(0, [finished(r) for r in running]) == [finished(running[0]).trajectory]
+    assert assignment.num_outstanding == 0 and assignment.next_for(0, 2) == []
 
 
-@settings(deadline=None)
+def test_an_actor_that_comes_later_gets_its_share_and_one_that_is_asked_for_twice_is_refused():
+    assignment = book(4, num_actors=2, absent=(1,))
+    assert assignment.present == [0] and assignment.next_for(1, 4) == []
+    assert len(assignment.next_for(0, 2)) == 2
+    assignment.back(1)
+    assert len(assignment.next_for(1, 4)) == 2
+    with pytest.raises(RolloutError, match="episode e0 is asked for twice at once"):
+        assignment.add(requests(1))
+
+
 @given(data=st.data())
 def test_every_request_is_finished_exactly_once_whatever_dies(data):
     all_requests = requests(data.draw(st.integers(1, 12)))
-    num_actors = data.draw(st.integers(1, 3))
-    book = Assignment(all_requests, num_actors, data.draw(st.integers(1, 5)), max_tries=1000)
+    num_actors, bound = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))
+    assignment = Assignment(num_actors, max_tries=1000)
+    to_come = list(all_requests)
     running: list[list[EpisodeRequest]] = [[] for _ in range(num_actors)]
     trajectories = []
-    for _ in range(400):
-        if book.done:
-            break
+    for _ in range(data.draw(st.integers(0, 100))):
         actor = data.draw(st.integers(0, num_actors - 1))
-        action = data.draw(st.sampled_from(["finish", "finish", "fail", "die", "back"]))
-        if action == "die":
-            book.lost(actor, "killed")
+        action = data.draw(st.sampled_from(["add", "finish", "finish", "fail", "die", "back"]))
+        if action == "add" and to_come:
+            assignment.add([to_come.pop()])
+        elif action == "die":
+            assignment.lost(actor, "killed")
             running[actor] = []
         elif action == "back":
-            book.back(actor)
+            assignment.back(actor)
         elif running[actor]:
             request = running[actor].pop()
-            trajectories += book.take(actor, [finished(request) if action == "finish" else Outcome(request.episode_id, None, "x")])
+            trajectories += assignment.take(actor, [finished(request) if action == "finish" else Outcome(request.episode_id, None, "x")])
         for i in range(num_actors):
-            running[i] += book.next_for(i)
-            assert len(running[i]) == book.num_running(i)
-    while not book.done:  # once nothing dies any more, it ends
+            running[i] += assignment.next_for(i, bound)
+            assert len(running[i]) == assignment.num_running(i) <= bound
+    assignment.add(to_come)
+    while assignment.num_outstanding:  # once nothing dies any more, it ends
         for i in range(num_actors):
-            book.back(i)
-            running[i] += book.next_for(i)
-            trajectories += book.take(i, [finished(r) for r in running[i]])
+            assignment.back(i)
+            running[i] += assignment.next_for(i, bound)
+            trajectories += assignment.take(i, [finished(r) for r in running[i]])
             running[i] = []
     assert sorted(t.request.episode_id for t in trajectories) == sorted(r.episode_id for r in all_requests)
-    assert [t.request for t in book.trajectories()] == all_requests

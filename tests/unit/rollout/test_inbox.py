@@ -24,16 +24,16 @@ class Episodes:
         self.sampling -= 1
         return Completion([], [], [], "stop")
 
-    async def run(self, request, temperature):
+    async def run(self, request):
         self.under_way += 1
         for wait_for_tool in (True, False):
-            await self.generate([], SamplingParams(temperature, 1, ()))
+            await self.generate([], SamplingParams(1.0, 1, ()))
             if wait_for_tool:
                 await self.called.wait()
         self.under_way -= 1
         if request.episode_id == "e2":
             raise ValueError("bad")
-        return Trajectory(request, [1], [False], [0.0], [-1], [], [], StopReason.EOS, 1, temperature)
+        return Trajectory(request, [1], [False], [0.0], [-1], [], [], StopReason.EOS, 1, 0.5)
 
 
 async def settle():
@@ -45,8 +45,8 @@ async def test_no_more_sample_at_once_than_allowed_and_all_are_handed_over_once(
     inbox = Inbox()
     episodes = Episodes(inbox)
     episodes.called.set()
-    inbox.submit(REQUESTS[:6], 0.5, max_in_flight=4)
-    inbox.submit(REQUESTS[6:], 0.5, max_in_flight=4)
+    inbox.submit(REQUESTS[:6], max_in_flight=4)
+    inbox.submit(REQUESTS[6:], max_in_flight=4)
     assert await inbox.take(0.01) == []
     assert episodes.sampling == episodes.under_way == 4
     episodes.sampled.set()
@@ -61,7 +61,7 @@ async def test_no_more_sample_at_once_than_allowed_and_all_are_handed_over_once(
 async def test_an_episode_that_waits_for_its_tool_leaves_its_place_to_another():
     inbox = Inbox()
     episodes = Episodes(inbox)
-    inbox.submit(REQUESTS, 0.5, max_in_flight=4)
+    inbox.submit(REQUESTS, max_in_flight=4)
     await settle()
     episodes.sampled.set()
     await settle()
@@ -78,13 +78,38 @@ async def test_a_failed_episode_that_was_between_two_completions_leaves_no_place
     episodes = Episodes(inbox)
     episodes.sampled.set()
     episodes.called.set()
-    inbox.submit(REQUESTS[2:3], 0.5, max_in_flight=1)
+    inbox.submit(REQUESTS[2:3], max_in_flight=1)
     assert [o.failure for o in await inbox.take(5)] == ["ValueError: bad"]
     episodes.sampled.clear()
-    inbox.submit(REQUESTS[3:], 0.5, max_in_flight=1)
+    inbox.submit(REQUESTS[3:], max_in_flight=1)
     await settle()
     assert episodes.under_way == 1
     episodes.sampled.set()
     outcomes = []
     while len(outcomes) < len(REQUESTS[3:]):
         outcomes += await inbox.take(5)
+
+
+async def test_the_engine_is_asked_for_an_eighth_more_than_it_runs_at_once():
+    inbox = Inbox()
+    episodes = Episodes(inbox)
+    inbox.submit(REQUESTS, max_in_flight=8)
+    await settle()
+    assert episodes.sampling == 9
+
+
+async def test_an_episode_that_is_called_off_ends_and_is_not_handed_over_whether_it_waits_runs_or_has_finished():
+    inbox = Inbox()
+    episodes = Episodes(inbox)
+    episodes.called.set()
+    inbox.submit(REQUESTS[3:6], max_in_flight=2)
+    await settle()
+    inbox.cancel(["e3", "e5"])  # one that samples, and one that has not begun
+    await settle()
+    assert episodes.under_way == 2  # the cancelled one has not passed its end
+    episodes.sampled.set()
+    await settle()
+    inbox.submit(REQUESTS[6:8], max_in_flight=2)
+    await settle()
+    inbox.cancel(["e6"])  # that has finished
+    assert sorted(o.episode_id for o in await inbox.take(5)) == ["e4", "e7"]

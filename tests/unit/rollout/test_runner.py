@@ -22,13 +22,13 @@ TINY = codec("tiny")
 def run(tool: FakeTool, **asked) -> tuple[Trajectory, list[float]]:
     """An episode that calls the tool and submits 10.1; the temperatures of its turns."""
     script = Script(said(TINY, "<request><SimpleCalculatorTool>13.1-3<call>"), said(TINY, "Result=10.1<submit>"))
-    runner = EpisodeRunner(recipe.load("calculator"), script, tool, TINY, TextMarkers())
-    trajectory = asyncio.run(runner.run(replace(REQUEST, **asked), 0.75))
+    runner = EpisodeRunner(recipe.load("calculator", ["rollout.temperature=0.75"]), script, tool, TINY, TextMarkers())
+    trajectory = asyncio.run(runner.run(replace(REQUEST, **asked)))
     return trajectory, [params.temperature for params in script.params]
 
 
 @pytest.mark.parametrize(("own", "used"), [(None, 0.75), (0.0, 0.0), (0.5, 0.5)])
-def test_a_requests_own_temperature_goes_before_that_of_its_collection(own: float | None, used: float) -> None:
+def test_a_requests_own_temperature_goes_before_that_of_the_run(own: float | None, used: float) -> None:
     _, temperatures = run(FakeTool(), temperature=own)
     assert temperatures == [used, used]
 

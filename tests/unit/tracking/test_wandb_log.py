@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import socket
+import time
 from pathlib import Path
 
 import pytest
+import wandb
 
 from toolrl_ray.config import RunConfig
 from toolrl_ray.tracking import wandb_log
@@ -73,6 +75,46 @@ def test_an_offline_run_leaves_its_files_in_the_run_folder_and_says_so_in_one_li
     assert captured.out + captured.err == ""
 
 
+def test_a_run_that_is_resumed_goes_on_in_the_same_wandb_run_and_names_all_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+    init = wandb.init
+    monkeypatch.setattr(wandb, "init", lambda **given: asked.append((given["id"], given["resume"], given["mode"])) or init(**given))
+    ids = []
+    for step in (1, 2):
+        tracker = WandbTracker(config("offline"), tmp_path)
+        ids.append(tracker._run.id)
+        tracker.log(step, {"a": 1.0}, [trajectory()])
+        tracker.finish()
+        time.sleep(1.1)  # wandb names its folders by the second
+    assert ids == [(tmp_path / "wandb_id").read_text()] * 2
+    assert asked == [(ids[0], "allow", "offline")] * 2
+    folders = sorted(tmp_path.glob(f"wandb/offline-run-*-{ids[0]}"))
+    assert len(folders) == 2 and tracker.note.endswith(f"wandb sync {folders[0]} {folders[1]}")
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
+
+
+def test_runs_of_different_folders_are_different_wandb_runs(tmp_path: Path) -> None:
+    ids = set()
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        ids |= {wandb_log.run_id(tmp_path / name), wandb_log.run_id(tmp_path / name)}
+    assert len(ids) == 2 and all(len(id) == 8 for id in ids)
+
+
+def test_a_step_that_is_done_again_is_left_out_without_a_word(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tracker = WandbTracker(config("offline"), tmp_path)
+    for step in (1, 2, 3, 2, 3, 4):
+        tracker.log(step, {"a": float(step)}, [trajectory()])
+    assert (tracker.mode, tracker._run.step) == ("offline", 4)
+    tracker.finish()
+    assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/table/transcripts*.table.json"))) == 5
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
+
+
 def test_a_transcript_row_shows_the_episode_as_it_went() -> None:
     row = dict(zip(wandb_log.COLUMNS, transcript_row(3, trajectory()), strict=True))
     assert row["step"] == 3
@@ -113,7 +155,7 @@ def test_online_without_a_server_goes_on_offline(monkeypatch: pytest.MonkeyPatch
     tracker.finish()
     assert tracker.note.startswith("W&B: offline")
     assert "could not be reached" in tracker.note
-    assert list(tmp_path.glob("wandb/offline-run-*"))
+    assert list(tmp_path.glob(f"wandb/offline-run-*-{wandb_log.run_id(tmp_path)}"))
 
 
 def test_a_login_is_found_in_the_environment_and_in_netrc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,0 +1,217 @@
+"""The stream's promises, tried on any order of events: each test bears the name of one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from toolrl_ray.config import StreamConfig
+from toolrl_ray.errors import StreamError
+from toolrl_ray.stream.buffer import DropReason, Stream, staleness_steps
+from toolrl_ray.tasks.stream import TaskStream
+from toolrl_ray.types import EpisodeRequest, StopReason, Task, Trajectory
+
+TASKS = [Task(f"t/{i}", f"{i}+1", str(i + 1), "t") for i in range(7)]
+
+
+def stream(k: int = 0, batch: int = 2, size: int = 1, num_batches: int = 6, clock=lambda: 0.0, **config) -> Stream:
+    settings = StreamConfig(max_staleness_steps=k, **config)
+    return Stream(settings, TaskStream(TASKS, 0), groups_per_batch=batch, group_size=size, num_batches=num_batches, clock=clock)
+
+
+def finished(request: EpisodeRequest, version: int, reward: float = 1.0, last_version: int | None = None) -> Trajectory:
+    versions = [-1, version, version if last_version is None else last_version]
+    columns: tuple = ([1, 2, 3], [False, True, True], [0.0, -1.0, -1.0], versions)
+    return Trajectory(request, *columns, [], [], StopReason.SUBMITTED, 1, 0.1, reward=reward)
+
+
+def groups(batch: list[Trajectory]) -> list[int]:
+    return [int(t.request.group_id) for t in batch]
+
+
+class Simulation:
+    """A run whose events come in an order that hypothesis draws. Engines sample with the version that is loaded when an episode starts, or
+    with a later one."""
+
+    def __init__(self, data: st.DataObject, the_stream: Stream, k: int, batch: int):
+        self.data, self.stream, self.k, self.batch = data, the_stream, k, batch
+        self.running: dict[str, tuple[EpisodeRequest, int]] = {}
+        self.trained: list[int] = []
+        self.num_started = 0
+
+    def step(self) -> None:
+        event = self.data.draw(st.sampled_from(["admit", "finish", "finish", "batch", "load"]))
+        if event == "admit":
+            self.admit()
+        elif event == "finish" and self.running:
+            self.finish(self.data.draw(st.sampled_from(sorted(self.running))))
+        elif event == "batch":
+            self.take()
+        elif event == "load":
+            self.stream.loaded(self.data.draw(st.integers(self.stream.loaded_version, self.stream.num_handed)))
+        self.check()
+
+    def admit(self) -> None:
+        for request in self.stream.admit():
+            self.running[request.episode_id] = (request, self.stream.loaded_version)
+            self.num_started += 1
+
+    def finish(self, episode_id: str) -> None:
+        request, version = self.running.pop(episode_id)
+        self.stream.add([finished(request, version, last_version=self.stream.loaded_version)])
+
+    def take(self) -> bool:
+        batch = self.stream.next_batch()
+        if batch is None:
+            return False
+        update = self.stream.num_handed
+        assert max(staleness_steps(t, update) for t in batch) <= self.k
+        numbers = groups(batch)
+        assert len(set(numbers)) == self.batch and numbers == sorted(numbers)
+        self.trained += sorted(set(numbers))
+        return True
+
+    def check(self) -> None:
+        due = Counter(group.due for group in self.stream._groups.values())
+        for d in due:
+            assert sum(count for other, count in due.items() if other <= d) <= (d - self.stream.num_handed) * self.batch
+
+    def finish_run(self) -> None:
+        while self.stream.num_handed < self.stream._num_batches:
+            self.stream.loaded(self.stream.num_handed)
+            self.admit()
+            for episode_id in list(self.running):
+                self.finish(episode_id)
+            assert self.take(), "every episode has finished, but there is no batch: nothing could ever unblock it"
+            self.check()
+
+
+@given(data=st.data(), k=st.integers(0, 3), batch=st.integers(1, 3), size=st.integers(1, 2), num_batches=st.integers(1, 5))
+def test_no_token_is_older_than_the_bound_nothing_is_wasted_and_nothing_blocks(data, k, batch, size, num_batches) -> None:
+    simulation = Simulation(data, stream(k, batch, size, num_batches), k, batch)
+    for _ in range(data.draw(st.integers(0, 60))):
+        simulation.step()
+    simulation.finish_run()
+    assert simulation.num_started == num_batches * batch * size  # none was started and not trained on
+    assert sorted(simulation.trained) == list(range(num_batches * batch))  # every prompt once, none left out
+    assert not simulation.running and simulation.stream.admit() == []
+
+
+@given(data=st.data(), k=st.integers(0, 2), batch=st.integers(1, 3))
+def test_killed_anywhere_and_resumed_every_prompt_is_trained_exactly_once(data, k, batch) -> None:
+    num_batches = 5
+    simulation = Simulation(data, stream(k, batch, 1, num_batches), k, batch)
+    saved, trained = simulation.stream.state_dict(), 0
+    for _ in range(data.draw(st.integers(0, 60))):
+        simulation.step()
+        if simulation.stream.num_handed * batch > trained and data.draw(st.booleans()):
+            saved, trained = simulation.stream.state_dict(), len(simulation.trained)
+    resumed = Simulation(data, stream(k, batch, 1, num_batches), k, batch)
+    resumed.stream.load_state_dict(saved)
+    resumed.trained = simulation.trained[:trained]  # what came after the checkpoint is forgotten, by the weights too
+    resumed.finish_run()
+    assert sorted(resumed.trained) == list(range(num_batches * batch))
+    assert resumed.stream.counts() == {"pending": 0, "in_flight": 0, "buffered": 0, "trained": num_batches * batch, "dropped": 0}
+
+
+def test_strictly_on_policy_admits_one_batch_and_the_next_only_once_weights_are_loaded() -> None:
+    s = stream(k=0, batch=2)
+    requests = s.admit()
+    assert [r.episode_id for r in requests] == ["0:0", "1:0"] and s.admit() == []
+    s.add([finished(requests[1], 0)])
+    assert s.next_batch() is None
+    s.add([finished(requests[0], 0)])
+    assert groups(s.next_batch() or []) == [0, 1]
+    assert s.admit() == []
+    s.loaded(1)
+    assert [r.episode_id for r in s.admit()] == ["2:0", "3:0"]
+
+
+def test_a_long_tail_does_not_block_a_batch_until_it_is_due() -> None:
+    s = stream(k=1, batch=1)
+    slow, quick = s.admit()
+    s.add([finished(quick, 0)])
+    assert groups(s.next_batch() or []) == [1]  # the slow one may still wait for update 2
+    s.loaded(1)
+    [third] = s.admit()
+    s.add([finished(third, 1)])
+    assert s.next_batch() is None  # now it is due, and nothing goes before it
+    s.add([finished(slow, 0)])
+    assert groups(s.next_batch() or []) == [0]
+
+
+def test_a_token_older_than_the_bound_is_an_error_that_names_the_episode() -> None:
+    s = stream(k=0, batch=1)
+    s.add([finished(s.admit()[0], 0)])
+    s.next_batch()
+    s.loaded(1)
+    s.add([finished(s.admit()[0], 0, last_version=1)])
+    with pytest.raises(StreamError, match=r"episode 1:0 holds a token that is 1 updates old, more than stream.max_staleness_steps=0"):
+        s.next_batch()
+
+
+def test_a_group_without_signal_is_replaced_by_another_prompt_up_to_a_limit() -> None:
+    s = stream(k=0, batch=1, size=2, filter_zero_signal=True, max_filtered=1)
+    s.add([finished(request, 0, reward=1.0) for request in s.admit()])
+    assert s.next_batch() is None
+    replacement = s.admit()
+    assert [r.group_id for r in replacement] == ["1", "1"]
+    s.add([finished(request, 0, reward=1.0) for request in replacement])
+    assert groups(s.next_batch() or []) == [1, 1]  # the limit is reached: trained on as it is
+    assert s.metrics()["stream/dropped/zero_signal"] == 1
+    assert s.counts() == {"pending": 0, "in_flight": 0, "buffered": 0, "trained": 1, "dropped": 1}
+
+
+def test_a_group_with_signal_is_kept() -> None:
+    s = stream(k=0, batch=1, size=2, filter_zero_signal=True)
+    s.add([finished(request, 0, reward=reward) for request, reward in zip(s.admit(), (0.0, 1.0), strict=True)])
+    assert groups(s.next_batch() or []) == [0, 0]
+
+
+@pytest.mark.parametrize(("num_finished", "goes"), [(2, True), (1, False)])
+def test_a_late_group_goes_with_its_quorum_or_not_at_all(num_finished: int, goes: bool) -> None:
+    now = [0.0]
+    s = stream(k=0, batch=1, size=3, group_deadline_s=10, group_quorum=2, clock=lambda: now[0])
+    requests = s.admit()
+    s.add([finished(request, 0) for request in requests[:num_finished]])
+    now[0] = 10.0
+    assert s.expire() == []
+    now[0] = 10.1
+    assert s.expire() == [request.episode_id for request in requests[num_finished:]]
+    batch = s.next_batch()
+    assert (batch is not None and len(batch) == 2) is goes
+    assert s.metrics()[f"stream/dropped/{DropReason.GROUP_DEADLINE}"] == (0 if goes else 1)
+    s.add([finished(requests[2], 0)])  # comes all the same
+    assert s.metrics()["stream/late_episodes"] == 1
+    assert len(s.admit()) == (0 if goes else 3)
+
+
+def test_a_trajectory_that_comes_twice_counts_once() -> None:
+    s = stream(k=0, batch=1, size=2)
+    requests = s.admit()
+    s.add([finished(requests[0], 0), finished(requests[0], 0)])
+    assert s.next_batch() is None
+    s.add([finished(requests[1], 0)])
+    assert len(s.next_batch() or []) == 2
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=5), st.integers(4, 9))
+def test_staleness_is_that_of_the_oldest_sampled_token(versions: list[int], update: int) -> None:
+    trajectory = finished(EpisodeRequest("0:0", "0", TASKS[0]), 0)
+    columns = {"policy_versions": [-1, *versions], "loss_mask": [False] + [True] * len(versions)}
+    assert staleness_steps(replace(trajectory, **columns), update) == update - 1 - min(versions)
+    assert staleness_steps(replace(trajectory, loss_mask=[False] * (1 + len(versions)), policy_versions=[-1, *versions]), update) == 0
+
+
+def test_what_is_there_is_described() -> None:
+    s = stream(k=1, batch=1)
+    requests = s.admit()
+    s.add([finished(requests[0], 0)])
+    assert s.describe() == (
+        "stream: 0 batches handed over, engines at version 0; prompts: 0 pending, 1 in_flight, 1 buffered, 0 trained, 0 dropped"
+    )

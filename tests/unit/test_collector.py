@@ -1,0 +1,118 @@
+"""The main thread's waits: rollout goes on beside them, and one that leads nowhere ends by name."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from tests.unit.scripted_parts import ScriptedParts
+from toolrl_ray import collector as module
+from toolrl_ray.collector import Collector, collect
+from toolrl_ray.config import EvalConfig, StreamConfig
+from toolrl_ray.errors import LearnerError, RolloutError, StallError
+from toolrl_ray.evaluation import eval_requests
+from toolrl_ray.stream.buffer import Stream
+from toolrl_ray.tasks.stream import TaskStream
+from toolrl_ray.types import Task
+
+TASKS = [Task(f"t/{i}", f"{i}+1", str(i + 1), "t") for i in range(7)]
+
+
+class Concurrent(ScriptedParts):
+    concurrent = True
+    num_polls = 0
+
+    def poll(self, max_wait_s: float):
+        self.num_polls += 1
+        return super().poll(max_wait_s)
+
+
+class Stalled(Concurrent):
+    def poll(self, max_wait_s: float):
+        return []
+
+
+def collector(rollout: ScriptedParts, k: int = 1, stall_timeout_s: float = 60, said: list[str] | None = None) -> tuple[Collector, Stream]:
+    stream = Stream(StreamConfig(max_staleness_steps=k), TaskStream(TASKS, 0), groups_per_batch=2, group_size=1, num_batches=9)
+    return Collector(rollout, stream, stall_timeout_s, (said if said is not None else []).append), stream
+
+
+def test_episodes_go_on_beside_a_job_as_far_as_the_staleness_bound_allows() -> None:
+    rollout = Concurrent()
+    a_collector, stream = collector(rollout)
+    batch, _ = a_collector.batch()
+    assert [t.request.group_id for t in batch] == ["0", "1"]
+
+    def job() -> str:
+        polls = rollout.num_polls
+        while rollout.num_polls < polls + 5:  # ends only because the collector goes on polling
+            threading.Event().wait(0.01)
+        return "done"
+
+    assert a_collector.beside("the update", job) == "done"
+    assert stream.counts()["buffered"] == 2  # the next batch, and nothing beyond it before new weights are loaded
+    assert len(rollout.collections) == 1
+    stream.loaded(1)
+    assert [t.request.group_id for t in a_collector.batch()[0]] == ["2", "3"]
+
+
+def test_what_a_job_raises_is_raised() -> None:
+    def job() -> None:
+        raise LearnerError("rank 1 failed")
+
+    with pytest.raises(LearnerError, match="rank 1 failed"):
+        collector(Concurrent())[0].beside("the update", job)
+
+
+def test_a_batch_comes_with_the_evaluation_that_rides_along_and_waits_for_it() -> None:
+    rollout = ScriptedParts()
+    a_collector, stream = collector(rollout, k=0)
+    requests = eval_requests(EvalConfig(num_tasks=3), TASKS, "step-1", num_samples=0)
+    a_collector.evaluate(requests)
+    batch, evaluated = a_collector.batch()
+    assert [t.request for t in evaluated] == requests
+    assert [t.request.group_id for t in batch] == ["0", "1"]
+    rollout.sync(1)
+    stream.loaded(1)
+    assert a_collector.batch()[1] == []
+
+
+def test_a_run_in_which_nothing_moves_ends_and_says_who_waits_for_whom() -> None:
+    a_collector, _ = collector(Stalled(), k=0, stall_timeout_s=0.05)
+    with pytest.raises(StallError) as error:
+        a_collector.batch()
+    message = str(error.value)
+    assert message.startswith("nothing has moved for 0 s (train.stall_timeout_s), waiting for the next batch for 0 s. ")
+    assert "2 in_flight, 0 buffered" in message and "2 of those in flight are due at the next update" in message
+    assert message.endswith("rollout: 2 under way")
+
+
+def test_a_job_that_never_ends_is_noticed_too() -> None:
+    never = threading.Event()
+    with pytest.raises(StallError, match="waiting for the update"):
+        collector(Stalled(), stall_timeout_s=0.05)[0].beside("the update", never.wait)
+    never.set()
+
+
+def test_a_long_wait_is_told_while_it_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TELL_S", 0.02)
+    said: list[str] = []
+    with pytest.raises(StallError):
+        collector(Stalled(), stall_timeout_s=0.2, said=said)[0].batch()
+    assert len(said) > 1 and all(line.startswith("waiting for the next batch for 0 s. stream: 0 batches") for line in said)
+
+
+def test_a_collection_ends_at_its_deadline_with_what_is_missing() -> None:
+    requests = eval_requests(EvalConfig(num_tasks=2), TASKS, "x", num_samples=0)
+    with pytest.raises(RolloutError, match=r"0 of 2 episodes within 0.01 s \(rollout.collect_timeout_s\); rollout: 2 under way"):
+        collect(Stalled(), requests, timeout_s=0.01)
+
+
+def test_time_without_an_episode_under_way_is_counted_as_idle() -> None:
+    rollout = Concurrent()
+    a_collector, _ = collector(rollout, k=0)
+    a_collector.batch()  # engines stand still now: no slot before new weights
+    before = a_collector.idle_s
+    a_collector.beside("the update", lambda: threading.Event().wait(0.2))
+    assert a_collector.idle_s - before > 0.1

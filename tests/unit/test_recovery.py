@@ -1,0 +1,107 @@
+"""A run that ends anywhere goes on from its last checkpoint as if nothing had been; so does one that loses its learner."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.unit.scripted_parts import ScriptedParts
+from toolrl_ray import recipe
+from toolrl_ray.driver import Run
+from toolrl_ray.errors import LearnerLost, RolloutError
+from toolrl_ray.tracking.metrics import load_metrics
+from toolrl_ray.tracking.trajectories import load_trajectories
+
+SETTINGS = [
+    *("task.num_train=8", "task.num_heldout=4", "eval.num_tasks=4", "train.tasks_per_step=3", "train.num_steps=5"),
+    *("checkpoint.every_steps=2", "eval.every_steps=2", "tracking.wandb=off"),
+]
+
+
+def run(run_dir: Path, scripted: ScriptedParts, *overrides: str, resume: bool = False) -> list[str]:
+    """Lines that a person sees."""
+    said: list[str] = []
+    Run(recipe.load("calculator", [*SETTINGS, *overrides]), run_dir, "policy-dir", said.append, resume=resume).train(scripted.parts())
+    return said
+
+
+def outcome(run_dir: Path) -> dict:
+    """What must not depend on where a run was interrupted."""
+    steps = [
+        (m["step"], m["env/reward_mean"], m["tokens/trained"], m["stream/trained_prompts"]) for m in load_metrics(run_dir / "metrics.jsonl")
+    ]
+    trained = [
+        (step, t.request.episode_id, t.request.task.id, t.policy_versions) for step, t in load_trajectories(run_dir / "trajectories.jsonl")
+    ]
+    evals = json.loads((run_dir / "eval.json").read_text())
+    return {"steps": steps, "trained": trained, "evals": {label: (e["step"], e["accuracy"]) for label, e in evals.items()}}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, list[str]]:
+    """A run that was not interrupted, and its weights."""
+    scripted, run_dir = ScriptedParts(), tmp_path_factory.mktemp("whole") / "run"
+    run(run_dir, scripted)
+    return outcome(run_dir), scripted.weights
+
+
+POINTS = [f"sync {step}" for step in (1, 2, 3, 4, 5)] + ["collect eval-step-2", "collect 9", "save_policy", "collect eval-after"]
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_run_that_was_killed_goes_on_and_trains_every_prompt_once_with_the_same_numbers(point: str, tmp_path: Path, whole) -> None:
+    run_dir = tmp_path / "run"
+    with pytest.raises(RolloutError):
+        run(run_dir, ScriptedParts({point: RolloutError("killed")}))
+    scripted = ScriptedParts()
+    said = run(run_dir, scripted, resume=True)
+    assert (outcome(run_dir), scripted.weights) == whole
+    saved = {"sync 1": 0, "sync 2": 0, "sync 3": 0, "collect eval-step-2": 0, "collect 9": 2, "sync 4": 2, "sync 5": 2}.get(point, 5)
+    assert (f"going on after step {saved}" if saved else "no checkpoint yet: starting from the beginning") in said
+
+
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_a_lost_learner_is_started_anew_and_the_run_goes_on_from_its_checkpoint(step: int, tmp_path: Path, whole) -> None:
+    scripted = ScriptedParts({f"sync {step}": [LearnerLost("learner rank 0 died in update")]})
+    said = run(tmp_path / "run", scripted)
+    assert (outcome(tmp_path / "run"), scripted.weights) == whole
+    assert scripted.calls.count("restart") == scripted.calls.count("reconnect") == 1
+    assert "learner rank 0 died in update; starting the learner again (1 of 3)" in said
+
+
+def test_a_learner_that_is_lost_again_and_again_ends_the_run(tmp_path: Path) -> None:
+    scripted = ScriptedParts({"sync 1": LearnerLost("learner rank 0 died in update")})
+    with pytest.raises(LearnerLost):
+        run(tmp_path / "run", scripted, "train.max_learner_restarts=2")
+    assert scripted.calls.count("restart") == 2
+
+
+def test_learners_lost_with_a_checkpoint_in_between_are_counted_apart(tmp_path: Path) -> None:
+    def losing() -> ScriptedParts:
+        return ScriptedParts({f"sync {step}": [LearnerLost("x")] for step in (2, 4)})
+
+    run(tmp_path / "run", losing(), "train.max_learner_restarts=1", "checkpoint.every_steps=1")
+    with pytest.raises(LearnerLost):
+        run(tmp_path / "other", losing(), "train.max_learner_restarts=1", "checkpoint.every_steps=0")
+
+
+def test_a_run_goes_on_for_longer_than_was_planned_at_first(tmp_path: Path, whole) -> None:
+    with pytest.raises(RolloutError):
+        run(tmp_path / "run", ScriptedParts({"sync 3": RolloutError("killed")}), "train.num_steps=3", "checkpoint.every_steps=1")
+    scripted = ScriptedParts()
+    run(tmp_path / "run", scripted, resume=True)
+    assert scripted.weights == whole[1]
+
+
+def test_with_staleness_the_prompts_under_way_at_a_kill_are_run_again_and_each_is_trained_once(tmp_path: Path) -> None:
+    ahead = "stream.max_staleness_steps=2"
+    with pytest.raises(RolloutError):
+        run(tmp_path / "run", ScriptedParts({"sync 4": RolloutError("killed")}), ahead, "checkpoint.every_steps=1")
+    scripted = ScriptedParts()
+    run(tmp_path / "run", scripted, ahead, resume=True)
+    assert sorted(scripted.weights, key=int) == [str(number) for number in range(15)]
+    assert [m["step"] for m in load_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    ids = [t.request.episode_id for _, t in load_trajectories(tmp_path / "run" / "trajectories.jsonl")]
+    assert len(ids) == len(set(ids)) == 15

@@ -1,0 +1,150 @@
+"""Keeps episodes going. Whatever the run waits for, the main thread waits for it here, and meanwhile starts what the stream admits and
+takes in what has finished; so nothing that is waited for can stop rollout, and a wait that leads nowhere is noticed.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, wait
+from typing import Any, Protocol, TypeVar
+
+from toolrl_ray.config import RunConfig
+from toolrl_ray.errors import RolloutError, StallError
+from toolrl_ray.evaluation import eval_requests, eval_result, speed
+from toolrl_ray.stream.buffer import Stream
+from toolrl_ray.types import EpisodeRequest, Task, Trajectory
+
+POLL_S = 1.0
+POLL_BESIDE_S = 0.05
+TELL_S = 30.0  # a wait longer than that is described, and again after as long
+
+T = TypeVar("T")
+
+
+class Rollout(Protocol):
+    """concurrent: episodes go on, elsewhere, while nobody polls."""
+
+    concurrent: bool
+    num_restarts: int
+    num_rerun: int
+    num_outstanding: int  # episodes submitted and not handed back
+
+    def submit(self, requests: list[EpisodeRequest], *, max_in_flight: int | None = None) -> None: ...
+    def poll(self, max_wait_s: float) -> list[Trajectory]: ...
+    def cancel(self, episode_ids: Collection[str]) -> None: ...
+    def cancel_all(self) -> None: ...
+    def tool_stats(self) -> dict[str, float]: ...
+    def describe(self) -> str: ...
+
+
+def collect(rollout: Rollout, requests: list[EpisodeRequest], *, timeout_s: float, max_in_flight: int | None = None) -> list[Trajectory]:
+    """All of these and nothing else, in the order of the requests. Raises RolloutError after timeout_s (rollout.collect_timeout_s)."""
+    rollout.submit(requests, max_in_flight=max_in_flight)
+    finished: dict[str, Trajectory] = {}
+    deadline = time.monotonic() + timeout_s
+    while len(finished) < len(requests):
+        finished |= {t.request.episode_id: t for t in rollout.poll(POLL_S)}
+        if time.monotonic() > deadline:
+            raise RolloutError(
+                f"{len(finished)} of {len(requests)} episodes within {timeout_s:g} s (rollout.collect_timeout_s); {rollout.describe()}"
+            )
+    return [finished[request.episode_id] for request in requests]
+
+
+def evaluate(
+    config: RunConfig, rollout: Rollout, tasks: list[Task], label: str, *, num_samples: int, without_tools: bool = False
+) -> tuple[dict[str, float], list[Trajectory]]:
+    """An evaluation on its own: all its episodes (`evaluation.eval_requests`) in one collection. Its numbers, and the episodes."""
+    requests = eval_requests(config.eval, tasks, label, num_samples=num_samples, without_tools=without_tools)
+    started = time.monotonic()
+    trajectories = collect(rollout, requests, timeout_s=config.rollout.collect_timeout_s, max_in_flight=config.eval.max_in_flight)
+    duration_s = time.monotonic() - started
+    return eval_result(trajectories) | speed(trajectories, duration_s), trajectories
+
+
+class Collector:
+    """stall_timeout_s: with no episode finished and no job done for so long, StallError says who waits for whom."""
+
+    def __init__(self, rollout: Rollout, stream: Stream, stall_timeout_s: float, say: Callable[[str], None]):
+        self._rollout = rollout
+        self._stream = stream
+        self._stall_timeout_s = stall_timeout_s
+        self._say = say
+        self._evaluation: dict[str, Trajectory | None] = {}
+        self._awaited = ""
+        self._began_at = self._told_at = self._moved_at = self._polled_at = time.monotonic()
+        self._is_idle = True
+        self.idle_s = 0.0  # time in which no episode was under way
+
+    def evaluate(self, requests: list[EpisodeRequest]) -> None:
+        """These ride along, and the next batch comes with them finished."""
+        self._evaluation = {request.episode_id: None for request in requests}
+        if requests:
+            self._rollout.submit(requests)
+
+    def batch(self) -> tuple[list[Trajectory], list[Trajectory]]:
+        """(the next batch, the evaluation's episodes), once both are there."""
+        self._wait_for("the next batch")
+        batch = self._stream.next_batch()
+        while batch is None or None in self._evaluation.values():
+            self._pump(POLL_S)
+            batch = batch or self._stream.next_batch()
+        evaluated = [t for t in self._evaluation.values() if t is not None]
+        self._evaluation = {}
+        return batch, evaluated
+
+    def beside(self, what: str, job: Callable[[], T]) -> T:
+        """The job's result, or what it raises; episodes go on meanwhile. what: names it to a person."""
+        if not self._rollout.concurrent:
+            return job()
+        future: Future[T] = Future()
+        # A daemon: after an error or Ctrl-C it may wait for a part that is gone, and must not hold up the exit.
+        threading.Thread(target=_run, args=(job, future), daemon=True).start()
+        self._wait_for(what)
+        while not wait([future], timeout=POLL_BESIDE_S).done:
+            self._pump(0)
+        return future.result(timeout=0)
+
+    def _pump(self, max_wait_s: float) -> None:
+        if admitted := self._stream.admit():
+            self._rollout.submit(admitted)
+        if late := self._stream.expire():
+            self._rollout.cancel(late)
+        finished = self._rollout.poll(max_wait_s)
+        now = time.monotonic()
+        self.idle_s += now - self._polled_at if self._is_idle else 0.0
+        self._polled_at, self._is_idle = now, self._rollout.num_outstanding == 0
+        if finished:
+            self._moved_at = now
+        for trajectory in finished:
+            if trajectory.request.episode_id in self._evaluation:
+                self._evaluation[trajectory.request.episode_id] = trajectory
+        self._stream.add(t for t in finished if t.request.episode_id not in self._evaluation)
+        self._watch(now)
+
+    def _wait_for(self, what: str) -> None:
+        self._awaited = what
+        self._began_at = self._told_at = self._moved_at = time.monotonic()
+
+    def _watch(self, now: float) -> None:
+        if now - self._moved_at > self._stall_timeout_s:
+            raise StallError(f"nothing has moved for {now - self._moved_at:.0f} s (train.stall_timeout_s), {self.describe()}")
+        if now - self._told_at > TELL_S:
+            self._told_at = now
+            self._say(self.describe())
+
+    def describe(self) -> str:
+        """Who waits for whom."""
+        missing = sum(t is None for t in self._evaluation.values())
+        evaluation = f"; {missing} episodes of an evaluation are missing" if missing else ""
+        waited_s = time.monotonic() - self._began_at
+        return f"waiting for {self._awaited} for {waited_s:.0f} s. {self._stream.describe()}. {self._rollout.describe()}{evaluation}"
+
+
+def _run(job: Callable[[], Any], future: Future[Any]) -> None:
+    try:
+        future.set_result(job())
+    except BaseException as error:
+        future.set_exception(error)
