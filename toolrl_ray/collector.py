@@ -108,13 +108,13 @@ class Collector:
         return future.result(timeout=0)
 
     def _pump(self, max_wait_s: float) -> None:
+        self.idle_s += time.monotonic() - self._polled_at if self._is_idle else 0.0
         if admitted := self._stream.admit():
             self._rollout.submit(admitted)
         if late := self._stream.expire():
             self._rollout.cancel(late)
         finished = self._rollout.poll(max_wait_s)
         now = time.monotonic()
-        self.idle_s += now - self._polled_at if self._is_idle else 0.0
         self._polled_at, self._is_idle = now, self._rollout.num_outstanding == 0
         if finished:
             self._moved_at = now

@@ -35,9 +35,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Protocol
 
 from toolrl_ray import run_dir as files
@@ -47,7 +49,7 @@ from toolrl_ray.config import RunConfig
 from toolrl_ray.errors import LearnerLost
 from toolrl_ray.evaluation import eval_requests, eval_result, rollout_metrics
 from toolrl_ray.recipe import dump
-from toolrl_ray.stream.buffer import Stream, staleness_steps
+from toolrl_ray.stream.buffer import Stream
 from toolrl_ray.tasks.module import load_tasks
 from toolrl_ray.tasks.stream import TaskStream
 from toolrl_ray.tools.stats import isolations, tool_metrics
@@ -175,14 +177,13 @@ class Run:
 
     def _train_from(self, parts: Parts, stream: Stream, heldout: list[Task]) -> None:
         config = self._config
-        collector = Collector(parts.rollout, stream, config.train.stall_timeout_s, self._say)
         with closing(TrajectoryWriter(self._dir)) as trajectories, closing(MetricsWriter(self._dir)) as metrics:
             if "before" not in self._evals:
                 self._evaluate(parts, heldout, "before", 0)
             self._tool_stats = parts.rollout.tool_stats()
+            collector = Collector(parts.rollout, stream, config.train.stall_timeout_s, self._say)
             while (step := stream.num_handed + 1) <= config.train.num_steps:
-                batch, numbers = self._step(parts, stream, collector, self._due(step - 1, heldout))
-                trajectories.write(step, batch)
+                batch, numbers = self._step(parts, stream, collector, trajectories, self._due(step - 1, heldout))
                 metrics.write(step, numbers)
                 self._tracker.log(step, numbers, batch)
                 if config.checkpoint.every_steps and (step % config.checkpoint.every_steps == 0 or step == config.train.num_steps):
@@ -198,7 +199,7 @@ class Run:
         return eval_requests(self._config.eval, heldout, label, num_samples=num_samples) if due else []
 
     def _step(
-        self, parts: Parts, stream: Stream, collector: Collector, evaluation: list[EpisodeRequest]
+        self, parts: Parts, stream: Stream, collector: Collector, trajectories: TrajectoryWriter, evaluation: list[EpisodeRequest]
     ) -> tuple[list[Trajectory], dict[str, Any]]:
         """evaluation: episodes of the evaluation after the step before, which ride along.
 
@@ -211,13 +212,15 @@ class Run:
         step, waited_s = stream.num_handed, time.monotonic() - started
         if evaluated:
             self._record_evaluation(f"step-{step - 1}", step - 1, eval_result(evaluated), evaluated)
-        learned = collector.beside("update and weight sync", lambda: self._learn(parts, step, batch))
+        with ThreadPoolExecutor(1) as pool:  # a batch is a lot to write, and the learner need not wait for it
+            written = pool.submit(trajectories.write, step, batch)
+            learned = collector.beside("update and weight sync", lambda: self._learn(parts, step, batch))
+            collector.beside("the trajectories' file", lambda: written.result(timeout=self._config.train.stall_timeout_s))
         stream.loaded(step)
         step_s = time.monotonic() - started
         idle_s = collector.idle_s - idle_before
         rollout_s = step_s if self._config.stream.max_staleness_steps else waited_s  # one that runs ahead runs all the time
         numbers = rollout_metrics(batch, rollout_s) | learned | stream.metrics()
-        staleness = [staleness_steps(trajectory, step) for trajectory in batch]
         stats = parts.rollout.tool_stats()
         numbers |= tool_metrics(stats, self._tool_stats)
         self._tool_stats = stats
@@ -226,8 +229,8 @@ class Run:
             "rollout/in_flight_episodes": parts.rollout.num_outstanding,
             "rollout/actor_restarts": parts.rollout.num_restarts,
             "rollout/episodes_rerun": parts.rollout.num_rerun,
-            "stream/staleness_mean": sum(staleness) / len(staleness),
-            "stream/staleness_max": max(staleness),
+            "stream/staleness_mean": fmean(stream.staleness),
+            "stream/staleness_max": max(stream.staleness),
             "weights/backend": parts.weights.backend,
             "system/memory_gib": tree_gib(),
             "time/rollout_idle_share": min(1.0, idle_s / step_s),

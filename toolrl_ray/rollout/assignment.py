@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from toolrl_ray.errors import RolloutError
 from toolrl_ray.types import EpisodeRequest, Trajectory
 
+MAX_DESCRIBED = 8  # actors one by one
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -58,7 +60,7 @@ class Assignment:
         that are present."""
         if actor in self._absent or not self._waiting:
             return []
-        fair = -(-len(self._ids) // len(self.present))
+        fair = -(-len(self._ids) // (len(self._running) - len(self._absent)))
         room = min(max_running, fair) - len(self._running[actor])
         chosen = [self._waiting.popleft() for _ in range(max(0, min(room, len(self._waiting))))]
         self._running[actor].update((request.episode_id, request) for request in chosen)
@@ -119,7 +121,8 @@ class Assignment:
         self._waiting.appendleft(request)
 
     def describe(self) -> str:
-        running = ", ".join(
-            f"RolloutActor {i}{' (down)' if i in self._absent else ''}: {len(r)} running" for i, r in enumerate(self._running)
-        )
-        return f"rollout: {len(self._ids)} episodes under way, {len(self._waiting)} of them waiting; {running}"
+        running = [f"RolloutActor {i}{' (down)' if i in self._absent else ''}: {len(r)} running" for i, r in enumerate(self._running)]
+        if len(running) > MAX_DESCRIBED:
+            total = sum(map(len, self._running))
+            running = [f"{total} running on {len(running)} RolloutActors, {len(self._absent)} of them down {sorted(self._absent)}"]
+        return f"rollout: {len(self._ids)} episodes under way, {len(self._waiting)} of them waiting; {', '.join(running)}"

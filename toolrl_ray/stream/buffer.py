@@ -25,12 +25,13 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import takewhile
 from typing import Any
 
 from toolrl_ray.config import StreamConfig
 from toolrl_ray.errors import StreamError
 from toolrl_ray.tasks.stream import TaskStream
-from toolrl_ray.types import EpisodeRequest, Trajectory
+from toolrl_ray.types import NO_VERSION, EpisodeRequest, Trajectory
 
 
 class DropReason(StrEnum):
@@ -74,9 +75,12 @@ class Stream:
         self.loaded_version = 0  # l
         self._next = 0
         self._again: deque[int] = deque()  # numbers below `_next` that are pending: in flight or buffered when a checkpoint was written
-        self._groups: dict[int, Group] = {}
+        self._groups: dict[int, Group] = {}  # in the order of admission
+        self._in_flight: Counter[int] = Counter()  # of the groups, by the update at which they are due
+        self._buffered: Counter[int] = Counter()
         self._dropped: dict[int, DropReason] = {}
         self._num_filtered = 0  # since the last batch
+        self.staleness: list[int] = []  # of the trajectories of the last batch, in updates
         self.num_late = 0  # trajectories that came after their group had left
 
     def admit(self) -> list[EpisodeRequest]:
@@ -90,6 +94,7 @@ class Stream:
             task = self._tasks.task(number)
             members = [EpisodeRequest(f"{number}:{member}", str(number), task) for member in range(self._size)]
             self._groups[number] = Group(number, due, self._clock(), {request.episode_id for request in members})
+            self._in_flight[due] += 1
             requests += members
         return requests
 
@@ -108,10 +113,13 @@ class Stream:
     def _completed(self, group: Group) -> None:
         """Nothing is learned from a group of equal rewards: its place goes to another prompt, so that a batch is full of signal.
         Yu et al. 2025 (DAPO, arXiv 2503.14476), dynamic sampling."""
+        self._in_flight[group.due] -= 1
         rewards = {trajectory.reward for trajectory in group.finished}
         if self._config.filter_zero_signal and len(rewards) == 1 and self._num_filtered < self._config.max_filtered:
             self._num_filtered += 1
             self._drop(group, DropReason.ZERO_SIGNAL)
+        else:
+            self._buffered[group.due] += 1
 
     def _drop(self, group: Group, reason: DropReason) -> None:
         del self._groups[group.number]
@@ -121,30 +129,27 @@ class Stream:
         """Lets late groups go: with the episodes that have finished, if these are a quorum. Returns the episodes to call off."""
         if self._config.group_deadline_s is None:
             return []
-        called_off: list[str] = []
         limit = self._clock() - self._config.group_deadline_s
-        for group in [g for g in self._groups.values() if g.waiting and g.admitted_at < limit]:
+        old = takewhile(lambda group: group.admitted_at < limit, self._groups.values())
+        called_off: list[str] = []
+        for group in [group for group in old if group.waiting]:
             called_off += sorted(group.waiting)
             group.waiting.clear()
             if len(group.finished) >= self._config.group_quorum:
                 self._completed(group)
             else:
+                self._in_flight[group.due] -= 1
                 self._drop(group, DropReason.GROUP_DEADLINE)
         return called_off
 
     def next_batch(self) -> list[Trajectory] | None:
         """The trajectories of the next update, in the order in which prompts were admitted; None while they are not there."""
-        finished = sorted((g for g in self._groups.values() if not g.waiting), key=lambda g: (g.due, g.number))
-        if len(finished) < self._batch or self.num_handed == self._num_batches:
-            return None
-        chosen = finished[: self._batch]
         update = self.num_handed + 1
-        behind = Counter(g.due for g in self._groups.values()) - Counter(g.due for g in chosen)
-        num_behind = 0
-        for due in sorted(behind):
-            num_behind += behind[due]
-            if num_behind > (due - update) * self._batch:
-                return None
+        if not self._is_ready(update):
+            return None
+        finished = sorted((g for g in self._groups.values() if not g.waiting), key=lambda g: (g.due, g.number))
+        chosen = finished[: self._batch]
+        self._buffered -= Counter(g.due for g in chosen)
         for group in chosen:
             del self._groups[group.number]
         self.num_handed = update
@@ -153,9 +158,22 @@ class Stream:
         self._check_bound(batch)
         return batch
 
+    def _is_ready(self, update: int) -> bool:
+        """Whether there is a batch, and (I) holds behind it. Asked at every poll, so it counts, and looks at no group."""
+        if self._buffered.total() < self._batch or update > self._num_batches:
+            return False
+        room, num_behind = self._batch, 0
+        for due in sorted(self._in_flight | self._buffered):
+            taken = min(room, self._buffered[due])
+            room -= taken
+            num_behind += self._in_flight[due] + self._buffered[due] - taken
+            if num_behind > (due - update) * self._batch:
+                return False
+        return True
+
     def _check_bound(self, batch: list[Trajectory]) -> None:
-        for trajectory in batch:
-            staleness = staleness_steps(trajectory, self.num_handed)
+        self.staleness = [staleness_steps(trajectory, self.num_handed) for trajectory in batch]
+        for trajectory, staleness in zip(batch, self.staleness, strict=True):
             if staleness > self._config.max_staleness_steps:
                 raise StreamError(
                     f"episode {trajectory.request.episode_id} holds a token that is {staleness} updates old, more than "
@@ -167,11 +185,10 @@ class Stream:
         self.loaded_version = policy_version
 
     def counts(self) -> dict[str, int]:
-        in_flight = sum(bool(group.waiting) for group in self._groups.values())
         return {
             "pending": len(self._again),
-            "in_flight": in_flight,
-            "buffered": len(self._groups) - in_flight,
+            "in_flight": self._in_flight.total(),
+            "buffered": self._buffered.total(),
             "trained": self._next - len(self._again) - len(self._groups) - len(self._dropped),
             "dropped": len(self._dropped),
         }
@@ -203,14 +220,14 @@ class Stream:
         self._next = state["next"]
         self._again = deque(state["again"])
         self._groups = {}
+        self._in_flight, self._buffered = Counter(), Counter()
         self._dropped = {int(number): DropReason(reason) for number, reason in state["dropped"].items()}
         self._num_filtered = 0
 
 
 def staleness_steps(trajectory: Trajectory, update: int) -> int:
     """How many updates older its oldest sampled token is than the weights that this update (1, 2, ...) starts from."""
-    sampled = [version for version, is_sampled in zip(trajectory.policy_versions, trajectory.loss_mask, strict=True) if is_sampled]
-    return update - 1 - min(sampled, default=update - 1)
+    return update - 1 - min(set(trajectory.policy_versions) - {NO_VERSION}, default=update - 1)
 
 
 def _member(trajectory: Trajectory) -> int:

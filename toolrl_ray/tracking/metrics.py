@@ -32,7 +32,7 @@ class MetricsWriter:
             record[key] = plain
         if nonfinite:
             record["nonfinite"] = nonfinite
-        self._lines.append(record)
+        self._lines.append([record])
 
     def close(self) -> None:
         self._lines.close()

@@ -11,6 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from toolrl_ray.tracking import jsonl
 from toolrl_ray.types import EpisodeRequest, Segment, SegmentKind, StopReason, Task, ToolCallRecord, Trajectory
 from tools_service.protocol import ToolStatus
@@ -24,7 +26,7 @@ class TrajectoryWriter:
         self._lines = jsonl.JsonLines(self.path)
 
     def write(self, step: int, trajectories: Iterable[Trajectory]) -> None:
-        self._lines.append(*(to_record(step, trajectory) for trajectory in trajectories))
+        self._lines.append(to_record(step, trajectory) for trajectory in trajectories)
 
     def close(self) -> None:
         self._lines.close()
@@ -43,11 +45,11 @@ def to_record(step: int, trajectory: Trajectory) -> dict[str, Any]:
         "stop_reason": trajectory.stop_reason,
         "num_turns": trajectory.num_turns,
         "duration_s": round(trajectory.duration_s, 6),
-        "segments": [asdict(segment) for segment in trajectory.segments],
-        "tool_calls": [asdict(call) for call in trajectory.tool_calls],
+        "segments": [vars(segment) for segment in trajectory.segments],
+        "tool_calls": [vars(call) for call in trajectory.tool_calls],
         "token_ids": trajectory.token_ids,
-        "loss_mask": [int(trained) for trained in trajectory.loss_mask],
-        "rollout_logprobs": [round(logprob, 7) for logprob in trajectory.rollout_logprobs],
+        "loss_mask": list(bytes(trajectory.loss_mask)),
+        "rollout_logprobs": np.round(trajectory.rollout_logprobs, 7).tolist(),
         "policy_versions": trajectory.policy_versions,
         "info": trajectory.info,
     }
