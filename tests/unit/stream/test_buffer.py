@@ -19,7 +19,8 @@ TASKS = [Task(f"t/{i}", f"{i}+1", str(i + 1), "t") for i in range(7)]
 
 
 def stream(k: int = 0, batch: int = 2, size: int = 1, num_batches: int = 6, clock=lambda: 0.0, **config) -> Stream:
-    return Stream(StreamConfig(max_staleness_steps=k, **config), TaskStream(TASKS, 0), groups_per_batch=batch, group_size=size, num_batches=num_batches, clock=clock)
+    asked = StreamConfig(max_staleness_steps=k, **config)
+    return Stream(asked, TaskStream(TASKS, 0), groups_per_batch=batch, group_size=size, num_batches=num_batches, clock=clock)
 
 
 def finished(request: EpisodeRequest, version: int, reward: float = 1.0, last_version: int | None = None) -> Trajectory:
