@@ -55,8 +55,10 @@ class Nodes:
         assert self.pool._book.present == present
 
 
-def test_a_rollout_actor_is_taken_in_with_its_node_and_let_go_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TOOLRL_CACHE", str(tmp_path / "cache"))
+def test_a_rollout_actor_is_taken_in_with_its_node_and_let_go_with_it(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOOLRL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     settings = recipe.load("calculator", SETTINGS)
     policy_dir = str(ensure_tiny_policy(settings, print))
     ray_cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
