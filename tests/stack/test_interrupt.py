@@ -23,7 +23,9 @@ SMALL = ["task.num_train=256", "task.num_heldout=8", "eval.num_tasks=8", "bootst
     ],
     ids=["ctrl-c-at-start", "sigterm-in-training"],
 )
-def test_an_interrupted_run_ends_soon_and_leaves_no_process(tmp_path: Path, tmp_path_factory, awaited, sent, code, word, keeps_folder) -> None:
+def test_an_interrupted_run_ends_soon_and_leaves_no_process(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, awaited, sent, code, word, keeps_folder
+) -> None:
     run_dir = tmp_path / "run"
     cache = str(tmp_path_factory.getbasetemp() / "cache")
     environment = {**os.environ, "TOOLRL_CACHE": cache, "PYTHONUNBUFFERED": "1"}
