@@ -133,7 +133,7 @@ class RolloutConfig(Section):
     kv_cache_gib: float = Field(1, gt=0)  # on CPU
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
     start_timeout_s: float = Field(600, gt=0)
-    collect_timeout_s: float = Field(1800, gt=0)
+    collect_timeout_s: float = Field(1800, gt=0)  # of an evaluation on its own
     max_tries: int = Field(3, ge=1)  # per episode, when actors die under it
 
 

@@ -38,6 +38,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
@@ -187,7 +188,8 @@ class Run:
                 metrics.write(step, numbers)
                 self._tracker.log(step, numbers, batch)
                 if config.checkpoint.every_steps and (step % config.checkpoint.every_steps == 0 or step == config.train.num_steps):
-                    collector.beside("a checkpoint's snapshot", lambda: self._begin_checkpoint(parts, stream))
+                    ledger = stream.state_dict()  # here, where no other prompt can be admitted meanwhile
+                    collector.beside("a checkpoint's snapshot", partial(self._begin_checkpoint, parts, step, ledger))
             self._finish_checkpoint(parts)
             parts.learner.save_policy(str(self._dir / "policy"), self._policy_dir)  # an evaluation that fails costs no training
             self._evaluate(parts, heldout, "after", config.train.num_steps)
@@ -249,12 +251,12 @@ class Run:
         self._finish_checkpoint(parts)
         return numbers
 
-    def _begin_checkpoint(self, parts: Parts, stream: Stream) -> None:
+    def _begin_checkpoint(self, parts: Parts, step: int, ledger: dict[str, Any]) -> None:
         """Of the step that has just ended. The learner writes while it is already at the next update."""
-        folder = self._store.begin(stream.num_handed)
-        (folder / STATE).write_text(json.dumps({"stream": stream.state_dict(), "totals": self._totals}))
+        folder = self._store.begin(step)
+        (folder / STATE).write_text(json.dumps({"stream": ledger, "totals": self._totals}))
         parts.learner.save_state(str(folder))
-        self._saving = stream.num_handed
+        self._saving = step
 
     def _finish_checkpoint(self, parts: Parts) -> None:
         if self._saving is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tests.unit.scripted_parts import ScriptedParts
 from toolrl_ray import recipe
 from toolrl_ray.driver import Run
 from toolrl_ray.errors import LearnerLost, RolloutError
+from toolrl_ray.stream.buffer import Stream
 from toolrl_ray.tracking.metrics import load_metrics
 from toolrl_ray.tracking.trajectories import load_trajectories
 
@@ -105,3 +107,14 @@ def test_with_staleness_the_prompts_under_way_at_a_kill_are_run_again_and_each_i
     assert [m["step"] for m in load_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5]
     ids = [t.request.episode_id for _, t in load_trajectories(tmp_path / "run" / "trajectories.jsonl")]
     assert len(ids) == len(set(ids)) == 15
+
+
+def test_the_prompt_ledger_of_a_checkpoint_is_taken_by_the_thread_that_admits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In another thread a prompt could be admitted between two of its lines, and be trained twice after a kill."""
+    threads = []
+    state_dict = Stream.state_dict
+    monkeypatch.setattr(Stream, "state_dict", lambda stream: threads.append(threading.current_thread()) or state_dict(stream))
+    scripted = ScriptedParts()
+    scripted.concurrent = True
+    run(tmp_path / "run", scripted, "checkpoint.every_steps=1", "stream.max_staleness_steps=1")
+    assert threads == [threading.main_thread()] * 5
