@@ -103,7 +103,8 @@ def ray_parts(config: RunConfig, policy_dir: str, say: Callable[[str], None], *,
 
     group, rollout_bundles, learner_bundles = reserve(config, say, learner=learner)
     app_name = config.tools.app or f"toolrl-{uuid.uuid4().hex[:8]}"
-    rollout_actors = _rollout_actors(config, policy_dir, app_name, group, rollout_bundles)
+    places = [_where(group, bundle, config.rollout) for bundle in rollout_bundles]
+    rollout_actors = _rollout_actors(config, policy_dir, app_name, places)
     learner_group = LearnerGroup(config, lambda: _learners(config, policy_dir, group, learner_bundles)) if learner else None
     learners = learner_group.actors if learner_group else []
     tools_start: Future[Any] = Future()
@@ -137,6 +138,9 @@ def ray_parts(config: RunConfig, policy_dir: str, say: Callable[[str], None], *,
         if learner_group:
             weights = WeightSync(config, pool, learners)
             weights.connect()
+            if num_more := (config.rollout.max_actors or 0) - len(places):  # last: what is free now is free for them
+                anywhere = {"num_cpus": config.rollout.num_cpus, "num_gpus": config.rollout.num_gpus}
+                pool.expect(_rollout_actors(config, policy_dir, app_name, [anywhere] * num_more, len(places)))
     except BaseException:
         close()
         raise
@@ -149,21 +153,18 @@ def own_seed(config: RunConfig, index: int) -> RunConfig:
     return config.model_copy(update={"seed": config.seed + index * SEED_STRIDE}) if config.rollout.num_gpus else config
 
 
-def _rollout_actors(config: RunConfig, policy_dir: str, app_name: str, group: Any, bundles: list[int]) -> list[Any]:
-    """Those of the plan, and those that join the run if the cluster comes to have room for them."""
+def _rollout_actors(config: RunConfig, policy_dir: str, app_name: str, wheres: list[dict[str, Any]], first: int = 0) -> list[Any]:
+    """Number `first` and those after it, each with the options that say where."""
     import ray
 
     from toolrl_ray.rollout.actor import RolloutActor
 
-    rollout = config.rollout
-    anywhere = {"num_cpus": rollout.num_cpus, "num_gpus": rollout.num_gpus}
-    wheres = [_where(group, bundle, rollout) for bundle in bundles] + [anywhere] * ((rollout.max_actors or 0) - rollout.num_actors)
     actor_class = ray.remote(RolloutActor)
     return [
         actor_class.options(**where, max_restarts=-1, max_concurrency=1000).remote(
-            own_seed(config, index), policy_dir, select_backend(config), app_name
+            own_seed(config, first + i), policy_dir, select_backend(config), app_name
         )
-        for index, where in enumerate(wheres)
+        for i, where in enumerate(wheres)
     ]
 
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, wait
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from toolrl_ray.config import RunConfig
 from toolrl_ray.errors import RolloutError, StallError
@@ -87,6 +87,7 @@ class Collector:
     def batch(self) -> tuple[list[Trajectory], list[Trajectory]]:
         """(the next batch, the evaluation's episodes), once both are there."""
         self._wait_for("the next batch")
+        self._pump(0)  # also where the batch is there already: a replaced engine may be waiting for its weights
         batch = self._stream.next_batch()
         while batch is None or None in self._evaluation.values():
             self._pump(POLL_S)
@@ -97,11 +98,10 @@ class Collector:
 
     def beside(self, what: str, job: Callable[[], T]) -> T:
         """The job's result, or what it raises; episodes go on meanwhile. what: names it to a person."""
-        if not self._rollout.concurrent:
-            return job()
-        future: Future[T] = Future()
-        # A daemon: after an error or Ctrl-C it may wait for a part that is gone, and must not hold up the exit.
-        threading.Thread(target=_run, args=(job, future), daemon=True).start()
+        return self.wait(what, in_thread(job)) if self._rollout.concurrent else job()
+
+    def wait(self, what: str, future: Future[T]) -> T:
+        """The same, of a job that was begun before."""
         self._wait_for(what)
         while not wait([future], timeout=POLL_BESIDE_S).done:
             self._pump(0)
@@ -143,8 +143,15 @@ class Collector:
         return f"waiting for {self._awaited} for {waited_s:.0f} s. {self._stream.describe()}. {self._rollout.describe()}{evaluation}"
 
 
-def _run(job: Callable[[], Any], future: Future[Any]) -> None:
-    try:
-        future.set_result(job())
-    except BaseException as error:
-        future.set_exception(error)
+def in_thread(job: Callable[[], T]) -> Future[T]:
+    """Runs it beside this thread; a daemon: after an error or Ctrl-C it may wait for a part that is gone, and must not hold up the exit."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(job())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future

@@ -100,7 +100,7 @@ def _gpu_contradictions(config: RunConfig) -> Iterator[str]:
         return
     gpus = f"rollout.num_gpus={rollout.num_gpus:g} and learner.num_gpus={learner.num_gpus:g}"
     one_gpu = rollout.num_gpus + learner.num_gpus <= 1
-    one_pair = one_gpu and rollout.num_actors == 1 and learner.num_ranks == 1
+    one_pair = one_gpu and max(rollout.num_actors, rollout.max_actors or 1) == 1 and learner.num_ranks == 1
     if backend == "ipc" and not one_pair:
         yield (
             f"weights.backend=ipc contradicts {gpus} with {actors} and {ranks}: it serves one RolloutActor and one rank that share "

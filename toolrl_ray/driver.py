@@ -35,7 +35,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from functools import partial
@@ -44,10 +43,10 @@ from statistics import fmean
 from typing import Any, Protocol
 
 from toolrl_ray import run_dir as files
-from toolrl_ray.checkpoint import CheckpointStore
-from toolrl_ray.collector import Collector, Rollout, evaluate
+from toolrl_ray.checkpoint import CheckpointStore, committed_steps
+from toolrl_ray.collector import Collector, Rollout, evaluate, in_thread
 from toolrl_ray.config import RunConfig
-from toolrl_ray.errors import LearnerLost
+from toolrl_ray.errors import LearnerLost, UserError
 from toolrl_ray.evaluation import eval_requests, eval_result, rollout_metrics
 from toolrl_ray.recipe import dump
 from toolrl_ray.stream.buffer import Stream
@@ -169,6 +168,8 @@ class Run:
             state = json.loads((folder / STATE).read_text())
             stream.load_state_dict(state["stream"])
             self._totals = state["totals"]
+        elif committed_steps(self._dir):
+            raise UserError(f"none of the checkpoints in {self._dir}/checkpoints is whole; to start from the beginning remove that folder")
         parts.weights.sync(step)
         files.truncate_to(self._dir, step)
         evals = self._dir / "eval.json"
@@ -192,7 +193,7 @@ class Run:
                     collector.beside("a checkpoint's snapshot", partial(self._begin_checkpoint, parts, step, ledger))
             self._finish_checkpoint(parts)
             parts.learner.save_policy(str(self._dir / "policy"), self._policy_dir)  # an evaluation that fails costs no training
-            self._evaluate(parts, heldout, "after", config.train.num_steps)
+            self._evaluate(parts, heldout, "after", stream.num_handed)
 
     def _due(self, step: int, heldout: list[Task]) -> list[EpisodeRequest]:
         """The episodes of the evaluation after this step; [] where none is scheduled."""
@@ -214,11 +215,12 @@ class Run:
         step, waited_s = stream.num_handed, time.monotonic() - started
         if evaluated:
             self._record_evaluation(f"step-{step - 1}", step - 1, eval_result(evaluated), evaluated)
-        with ThreadPoolExecutor(1) as pool:  # a batch is a lot to write, and the learner need not wait for it
-            written = pool.submit(trajectories.write, step, batch)
-            learned = collector.beside("update and weight sync", lambda: self._learn(parts, step, batch))
-            collector.beside("the trajectories' file", lambda: written.result(timeout=self._config.train.stall_timeout_s))
+        written = in_thread(partial(trajectories.write, step, batch))  # a lot, for which the learner need not wait
+        learned = collector.beside("update and weight sync", partial(self._learn, parts, step, batch))
         stream.loaded(step)
+        collector.wait("the trajectories' file", written)
+        if self._saving is not None:
+            collector.beside("the last checkpoint", partial(self._finish_checkpoint, parts))
         step_s = time.monotonic() - started
         idle_s = collector.idle_s - idle_before
         rollout_s = step_s if self._config.stream.max_staleness_steps else waited_s  # one that runs ahead runs all the time
@@ -247,20 +249,20 @@ class Run:
     def _learn(self, parts: Parts, step: int, batch: list[Trajectory]) -> dict[str, Any]:
         with parts.weights.changing:
             numbers = parts.learner.update(batch)
-            numbers |= parts.weights.sync(step)
-        self._finish_checkpoint(parts)
-        return numbers
+            return numbers | parts.weights.sync(step)
 
     def _begin_checkpoint(self, parts: Parts, step: int, ledger: dict[str, Any]) -> None:
         """Of the step that has just ended. The learner writes while it is already at the next update."""
         folder = self._store.begin(step)
         (folder / STATE).write_text(json.dumps({"stream": ledger, "totals": self._totals}))
-        parts.learner.save_state(str(folder))
+        with parts.weights.changing:  # a collective, as a sync is: all ranks must take the two in one order
+            parts.learner.save_state(str(folder))
         self._saving = step
 
     def _finish_checkpoint(self, parts: Parts) -> None:
         if self._saving is not None:
-            parts.learner.finish_save()
+            with parts.weights.changing:
+                parts.learner.finish_save()
             self._store.commit(self._saving, self._evals.get(f"step-{self._saving}", {}).get("accuracy"))
             self._saving, self._num_lost = None, 0
 

@@ -11,7 +11,7 @@ import pytest
 from tests.unit.scripted_parts import ScriptedParts
 from toolrl_ray import recipe
 from toolrl_ray.driver import Run
-from toolrl_ray.errors import LearnerLost, RolloutError
+from toolrl_ray.errors import LearnerLost, RolloutError, UserError
 from toolrl_ray.stream.buffer import Stream
 from toolrl_ray.tracking.metrics import load_metrics
 from toolrl_ray.tracking.trajectories import load_trajectories
@@ -95,6 +95,18 @@ def test_a_run_goes_on_for_longer_than_was_planned_at_first(tmp_path: Path, whol
     scripted = ScriptedParts()
     run(tmp_path / "run", scripted, resume=True)
     assert scripted.weights == whole[1]
+
+
+def test_where_every_checkpoint_is_damaged_nothing_is_thrown_away(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with pytest.raises(RolloutError):
+        run(run_dir, ScriptedParts({"sync 5": RolloutError("killed")}), "checkpoint.every_steps=1")
+    for weights in run_dir.glob("checkpoints/*/weights.json"):
+        weights.write_text("[]")
+    before = outcome(run_dir)
+    with pytest.raises(UserError, match="none of the checkpoints in .* is whole; to start from the beginning remove that folder"):
+        run(run_dir, ScriptedParts(), resume=True)
+    assert outcome(run_dir) == before and len(before["steps"]) == 4
 
 
 def test_with_staleness_the_prompts_under_way_at_a_kill_are_run_again_and_each_is_trained_once(tmp_path: Path) -> None:

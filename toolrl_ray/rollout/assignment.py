@@ -55,6 +55,9 @@ class Assignment:
     def num_running(self, actor: int) -> int:
         return len(self._running[actor])
 
+    def running(self, actor: int) -> list[str]:
+        return list(self._running[actor])
+
     def next_for(self, actor: int, max_running: int) -> list[EpisodeRequest]:
         """The requests to submit to this actor now, which then holds at most max_running. Waiting work is spread evenly over the actors
         that are present."""

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 TAKE_WAIT_S = 2.0
 IDLE_S = 0.05
 PING_S = 10.0
+FETCH_S = 30.0
 AHEAD = 2  # an actor is given so many times what it runs at once, so that it never waits for this process
 UNRESPONSIVE_S = 120.0  # a process that does not answer `take` for so long is killed and replaced
 MAX_RESTARTS_IN_A_ROW = 3  # of one actor, with no episode finished in between
@@ -41,7 +42,7 @@ def _start_error(index: int, error: RayError) -> ToolRLError:
 
 
 class RolloutPool:
-    """actors: the first rollout.num_actors must come up before the run begins; further ones join it when the cluster has room for them.
+    """actors: must come up before the run begins; those that `expect` is given join it when the cluster has room for them.
     readmit: brings loaded engines to the current weights before they get work; False when that has to wait.
     service_stats: the tools' own numbers, beside those that the actors' clients count.
 
@@ -62,14 +63,14 @@ class RolloutPool:
         self._readmit = readmit
         self._service_stats = service_stats
         self._max_in_flight = config.rollout.max_in_flight
-        self._num_first = config.rollout.num_actors
-        self._book = Assignment(len(actors), config.rollout.max_tries, absent=range(self._num_first, len(actors)))
+        num_actors = max(len(actors), config.rollout.max_actors or 0)
+        self._book = Assignment(num_actors, config.rollout.max_tries, absent=range(len(actors), num_actors))
         self._takes: dict[Any, tuple[int, float]] = {}  # pending `take` -> (actor, asked at)
         self._starts: dict[Any, tuple[int, float]] = {}  # pending `start` of an actor that is not up -> (actor, asked at)
         self._loaded: set[int] = set()  # up, but not yet given the current weights
         self._missed: deque[int] = deque()  # found dead by `reachable`
-        self._restarts_in_a_row = [0] * len(actors)
-        self.pids: list[int | None] = [None] * len(actors)  # of their processes, as far as they are known
+        self._restarts_in_a_row = [0] * num_actors
+        self.pids: list[int | None] = [None] * num_actors  # of their processes, as far as they are known
         self.num_restarts = 0
 
     @property
@@ -83,10 +84,8 @@ class RolloutPool:
     def start(self) -> None:
         """Load the first engines. Raises RolloutError naming the actor that did not come up within rollout.start_timeout_s."""
         refs = [actor.start.remote() for actor in self._actors]
-        now = time.monotonic()
-        deadline = now + self._config.rollout.start_timeout_s
-        self._starts = {ref: (i, now) for i, ref in enumerate(refs) if i >= self._num_first}
-        for i, ref in enumerate(refs[: self._num_first]):
+        deadline = time.monotonic() + self._config.rollout.start_timeout_s
+        for i, ref in enumerate(refs):
             try:
                 self._note(i, ray.get(ref, timeout=max(0.1, deadline - time.monotonic())))
             except GetTimeoutError:
@@ -94,6 +93,12 @@ class RolloutPool:
                 raise RolloutError(f"RolloutActor {i} was not ready within {seconds:g} s (rollout.start_timeout_s)") from None
             except RayError as error:
                 raise _start_error(i, error) from None
+
+    def expect(self, actors: list[Any]) -> None:
+        """Further actors, which may never come."""
+        now, first = time.monotonic(), len(self._actors)
+        self._actors += actors
+        self._starts |= {actor.start.remote(): (first + i, now) for i, actor in enumerate(actors)}
 
     def _note(self, index: int, pid: int) -> None:
         self.num_restarts += self.pids[index] not in (None, pid)
@@ -158,16 +163,16 @@ class RolloutPool:
                 self._take(ref)
 
     def _admit_loaded(self) -> None:
-        while self._missed:
-            index = self._missed.popleft()
-            if index in self._book.present or index in self._loaded:
-                self._lost(index, RolloutError("found dead at a weight sync"))
         if self._loaded and self._readmit():
             for index in self._loaded:
                 self._book.back(index)
             self._loaded = set()
 
     def _hand_out(self) -> None:
+        while self._missed:  # of these none gets work before it has the weights
+            index = self._missed.popleft()
+            if index in self._book.present or index in self._loaded:
+                self._lost(index, RolloutError("it did not answer at a weight sync"))
         asked = {index for index, _ in self._takes.values()}
         for index, actor in enumerate(self._actors):
             if requests := self._book.next_for(index, AHEAD * self._max_in_flight):
@@ -178,8 +183,8 @@ class RolloutPool:
     def _take(self, ref: Any) -> list[Trajectory]:
         index, _ = self._takes.pop(ref)
         try:
-            outcomes = ray.get(ref, timeout=TAKE_WAIT_S)
-        except (RayActorError, RayTaskError) as error:  # dead, or replaced by Ray while it had no work and not loaded yet
+            outcomes = ray.get(ref, timeout=FETCH_S)
+        except RayError as error:  # dead, replaced by Ray while it had no work and not loaded yet, or its node is gone with what it had
             self._lost(index, error)
             return []
         trajectories = self._book.take(index, outcomes)
@@ -192,11 +197,16 @@ class RolloutPool:
             return
         self._restarts_in_a_row[index] += 1
         reason = " ".join(str(error).split())[:300]
-        if self._restarts_in_a_row[index] > MAX_RESTARTS_IN_A_ROW:
-            raise RolloutError(f"RolloutActor {index} died {MAX_RESTARTS_IN_A_ROW} times in a row; last: {reason}")
-        log.info("RolloutActor %d is lost: %s", index, reason)
+        self._actors[index].cancel.remote(self._book.running(index))  # it may be alive, but nothing of these may come from it any more
         self._loaded.discard(index)
         self._book.lost(index, reason)
+        if self._restarts_in_a_row[index] > MAX_RESTARTS_IN_A_ROW:
+            message = f"RolloutActor {index} died {MAX_RESTARTS_IN_A_ROW} times in a row; last: {reason}"
+            if not self._book.present:
+                raise RolloutError(message)
+            log.warning("%s; the run goes on without it", message)
+            return
+        log.info("RolloutActor %d is lost: %s", index, reason)
         # Ray restarts the process, where and when there is room; its engine has to be loaded again.
         self._starts[self._actors[index].start.remote()] = (index, time.monotonic())
 
@@ -207,7 +217,7 @@ class RolloutPool:
         except RayActorError as error:
             return self._lost(index, error)
         except RayTaskError as error:
-            raise _start_error(index, error) from None
+            return self._lost(index, _start_error(index, error))
         self._loaded.add(index)
 
     def _kill_unresponsive(self) -> None:

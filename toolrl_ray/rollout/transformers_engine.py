@@ -27,6 +27,7 @@ class _Row:
     rng: random.Random
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
     finish_reason: str | None = None
 
 
@@ -85,8 +86,7 @@ class TransformersEngine:
                 continue
             for row in batch:
                 if not row.done.done():
-                    versions = [self._version] * len(row.token_ids)
-                    row.done.set_result(Completion(row.token_ids, row.logprobs, versions, row.finish_reason or "length"))
+                    row.done.set_result(Completion(row.token_ids, row.logprobs, row.versions, row.finish_reason or "length"))
 
     async def _sample(self, batch: list[_Row]) -> None:
         device = self._model.device
@@ -125,6 +125,7 @@ class TransformersEngine:
                 continue
             row.token_ids.append(token)
             row.logprobs.append(logprob)
+            row.versions.append(self._version)  # new weights may come between two tokens
             text = self._decode(row.token_ids)
             if token in self._eos or any(stop in text for stop in row.params.stop):
                 row.finish_reason = "stop"

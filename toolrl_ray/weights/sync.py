@@ -32,7 +32,7 @@ def select_backend(config: RunConfig) -> str:
 def shares_gpu(config: RunConfig) -> bool:
     """Whether one RolloutActor and one LearnerActor ask for shares of the same GPU."""
     rollout, learner = config.rollout, config.learner
-    one_each = rollout.num_actors == 1 and learner.num_ranks == 1
+    one_each = max(rollout.num_actors, rollout.max_actors or 1) == 1 and learner.num_ranks == 1
     return one_each and rollout.num_gpus > 0 and learner.num_gpus > 0 and rollout.num_gpus + learner.num_gpus <= 1
 
 
@@ -57,7 +57,7 @@ class WeightSync:
         """Rendezvous of the learner and all engines that are up; again after one was lost or has joined."""
         self._actors = self._pool.reachable()
         refs = [learner.connect_weights.remote(self.backend, self._actors) for learner in self._learners]
-        wait_all("connect", refs, self._config.weights.timeout_s, "LearnerActor")
+        wait_all("connect", refs, 2 * self._config.weights.timeout_s, "LearnerActor")  # the engines' answers have timeout_s
         self._connected = True
 
     def sync(self, policy_version: int) -> dict[str, float]:
@@ -97,10 +97,9 @@ class WeightSync:
         self._connected = False
 
     def _sync_once(self) -> None:
+        """An engine whose update broke off is of no version at all, and stays frozen until the next attempt has come through."""
         timeout_s = self._config.weights.timeout_s
-        wait_all("pause", [actor.pause.remote() for actor in self._actors], timeout_s)
-        try:
-            refs = [learner.send_weights.remote(self.policy_version) for learner in self._learners]
-            wait_all("send", refs, 4 * timeout_s, "LearnerActor")  # init, start, update and finish have timeout_s each
-        finally:
-            wait_all("resume", [actor.resume.remote() for actor in self._actors], timeout_s)
+        wait_all("pause", [actor.pause.remote() for actor in self._actors], timeout_s, replace=self._actors)
+        refs = [learner.send_weights.remote(self.policy_version) for learner in self._learners]
+        wait_all("send", refs, 4 * timeout_s, "LearnerActor")  # init, start, update and finish have timeout_s each
+        wait_all("resume", [actor.resume.remote() for actor in self._actors], timeout_s, replace=self._actors)

@@ -128,3 +128,16 @@ def test_a_completions_seed_says_what_it_draws_whatever_shares_the_batch(model):
     alone = sampled(0, 7, [])
     assert sampled(0, 7, [1, 2]) == sampled(0, 7, range(10, 17)) == alone
     assert sampled(1, 7, []) != alone and sampled(0, 8, []) != alone
+
+
+def test_each_token_has_the_version_of_the_weights_that_sampled_it_also_where_they_change_between_two(engine):
+    async def run():
+        completion = asyncio.create_task(engine.generate([2, 3], SamplingParams(1.0, 30, ())))
+        for _ in range(10):  # some tokens, not all
+            await asyncio.sleep(0)
+        await engine.finish_weight_update(6)
+        return await completion
+
+    engine._eos = frozenset()  # nothing ends it early
+    versions = asyncio.run(run()).policy_versions
+    assert len(versions) == 30 and versions == sorted(versions) and set(versions) == {5, 6}
