@@ -153,6 +153,7 @@ def main() -> int:
     parser.add_argument("--run-dir", type=Path)
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the run ends with this
     random.seed(options.seed)
     kinds = options.kill.split(",") if options.kill else random.choices(list(KINDS), k=options.kills)
     run_dir = options.run_dir or Path(tempfile.mkdtemp(prefix="toolrl-chaos-")) / "run"
