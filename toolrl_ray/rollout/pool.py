@@ -115,7 +115,8 @@ class RolloutPool:
         here = []
         for ref, index in refs.items():
             try:
-                if ref in answered and ray.get(ref, timeout=PING_S):
+                if ref in answered:
+                    self._note(index, ray.get(ref, timeout=PING_S))
                     here.append(self._actors[index])
                     continue
             except RayError:
