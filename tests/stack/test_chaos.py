@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.timeout(1800)  # four restarts, and the warm start where it is not in the cache
 def test_a_run_gets_over_the_death_of_each_of_its_parts_and_trains_every_prompt_exactly_once(tmp_path: Path) -> None:
     """kill -9 of a tool replica, a RolloutActor, an engine-core process, a learner, and the driver, in which the stream lives."""
     run_dir = tmp_path / "run"
