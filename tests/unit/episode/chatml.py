@@ -72,7 +72,8 @@ def made_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tokenizer_with(name: str, template: str | None) -> Any:
-    tokenizer = copy.copy(made_tokenizer() if name == "made" else vocabulary("qwen2")._tokenizer)
+    # Deep: a shallow copy shares its special tokens with the original, and with every later test of the process.
+    tokenizer = copy.deepcopy(made_tokenizer() if name == "made" else vocabulary("qwen2")._tokenizer)
     tokenizer.chat_template = template
     return tokenizer
 
