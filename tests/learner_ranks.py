@@ -22,7 +22,10 @@ CASES = {
         "untied",
         (1, 3),
         (6, 6, 6),
-        {"policy": {"separate_critic": True}, "learner": {"max_grad_norm": 0.05, "warmup_steps": 5, "gradient_checkpointing": True}},
+        {
+            "policy": {"separate_critic": True},
+            "learner": {"critic_lr": 3e-3, "max_grad_norm": 0.05, "warmup_steps": 5, "gradient_checkpointing": True},
+        },
     ),
     "grpo": (
         "untied",

@@ -21,7 +21,7 @@ BEFORE, AFTER = (0, 1), (2, 3)  # seeds of the updates
 
 
 def state_config(kind: str, stage: int = 0):
-    learner = {"lr": 1e-3, "warmup_steps": 20, "zero_stage": stage, "max_microbatch_tokens": 60}
+    learner = {"lr": 1e-3, "critic_lr": 2e-3, "warmup_steps": 20, "zero_stage": stage, "max_microbatch_tokens": 60}
     return run_config(policy=KINDS[kind], learner=learner, algo={"target_kl": 1.0, "kl_horizon": 50})
 
 

@@ -188,6 +188,7 @@ class LearnerConfig(Section):
     num_gpus: float = Field(0, ge=0)
     zero_stage: Literal[0, 1, 2, 3] = 0
     lr: float = Field(1e-3, gt=0)
+    critic_lr: float | None = Field(None, gt=0)  # of the value head and of a separate critic; null: lr
     weight_decay: float = Field(0.0, ge=0)
     adam_betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = Field(1.0, gt=0)

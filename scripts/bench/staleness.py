@@ -20,27 +20,43 @@ import sys
 import tempfile
 from pathlib import Path
 
+from toolrl_ray.recipe import load
+
 HEADER = """| tool latency | K | steps to goal | seconds to goal | against K = 0 | a step | rollout idle | learner idle |
 |---|---|---|---|---|---|---|---|"""
 
 SLOW_TOOL = """
-import time
-from tools_service.calculator import SimpleCalculatorTool
+import asyncio
+from tools_service.executor import Executor
+from tools_service.runner import builtin_tools
 
-class Slow(SimpleCalculatorTool):
-    def __call__(self, *arguments, **options):
-        time.sleep({latency_s})
-        return super().__call__(*arguments, **options)
+class Slow:
+    name, description, idempotent, max_batch = {tool!r}, "The tool of that name, {latency_s} s later.", True, {max_batch}
+
+    def __init__(self, **options):
+        self._options = options
+
+    async def start(self):  # where it runs: a process that makes it only to look at it would start a JVM for nothing
+        self._executor = Executor(builtin_tools()[self.name](**self._options), 256)
+        await self._executor.start()
+
+    async def call_many(self, calls):
+        await asyncio.sleep({latency_s})
+        return await self._executor.run(calls)
+
+    async def close(self):
+        await self._executor.close()
 """
 
 
 def overrides(recipe: str, latency_s: float, folder: Path) -> list[str]:
+    """Settings that put the recipe's tool behind a pause."""
     if not latency_s:
         return []
-    if recipe != "calculator":
-        sys.exit(f"--recipe={recipe}: slow tools are made for the calculator alone; use --latencies 0")
-    (folder / "slow.py").write_text(SLOW_TOOL.format(latency_s=latency_s))
-    return [f"tools.custom={{SimpleCalculatorTool: {folder / 'slow.py'}:Slow}}", "tools.max_in_flight=256"]
+    [tool] = load(recipe).tools.names
+    max_batch = 1 if tool == "PythonInterpreter" else 64
+    (folder / "slow.py").write_text(SLOW_TOOL.format(tool=tool, latency_s=latency_s, max_batch=max_batch))
+    return [f"tools.custom={{{tool}: {folder / 'slow.py'}:Slow}}", "tools.max_in_flight=256"]
 
 
 def train(recipe: str, seed: int, k: int, latency_s: float, options: argparse.Namespace) -> dict[str, float]:

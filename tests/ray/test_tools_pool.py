@@ -128,7 +128,7 @@ def _caller():
             self._begun = []
 
         async def connect(self):
-            await self._client.connect()
+            await self._client.infos()
 
         async def ask(self, calls):
             import asyncio

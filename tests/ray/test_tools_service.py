@@ -65,7 +65,7 @@ def _caller():
             self._app, self._client = app, ToolClient(app, config)
 
         async def connect(self):
-            await self._client.connect()
+            await self._client.infos()
 
         async def ask(self, calls):
             import asyncio

@@ -84,8 +84,8 @@ def test_train_leaves_a_complete_run_folder_and_two_ranks_work_with_zero_2(tmp_p
 
 
 class Killer:
-    """Stands in front of a RolloutPool and kills: a RolloutActor in mid-collection of step 2, its engine-core process in that of step 3, a
-    RolloutActor without work before the weight sync of step 4."""
+    """Stands in front of a RolloutPool and kills its RolloutActor: in mid-collection of step 2, and without work before the weight sync
+    of step 3."""
 
     def __init__(self, pool, tasks_per_step):
         self.pool, self.tasks_per_step = pool, tasks_per_step
@@ -101,18 +101,16 @@ class Killer:
         self.num_trained += len(trained)
         step = -(-self.num_trained // self.tasks_per_step)
         is_over = self.num_trained % self.tasks_per_step == 0
-        if trained and step in (2, 3, 4) and step not in self.done and is_over == (step == 4):
-            actor = psutil.Process(self.pool.pids[0])
-            [engine_core] = [child for child in actor.children() if "EngineCore" in " ".join(child.cmdline())]
-            (engine_core if step == 3 else actor).kill()
+        if trained and step in (2, 3) and step not in self.done and is_over == (step == 3):
+            psutil.Process(self.pool.pids[0]).kill()
             self.done.append(step)
         return trajectories
 
 
 def test_a_death_on_the_rollout_side_costs_its_episodes_and_nothing_else(tmp_path):
-    """kill -9 of a RolloutActor in mid-collection, of its engine-core process in mid-collection, of a RolloutActor without work."""
-    overrides = [*SMALL, "train.num_steps=4", "train.tasks_per_step=48", "rollout.max_in_flight=8", "eval.num_tasks=4"]
-    settings = recipe.load("calculator", overrides)
+    """kill -9 of a RolloutActor in mid-collection, and of one without work. (With vLLM and its engine-core process: test_chaos.py.)"""
+    overrides = [*SMALL, "train.num_steps=3", "train.tasks_per_step=48", "rollout.max_in_flight=8", "eval.num_tasks=4"]
+    settings = recipe.load("calculator", [*overrides, "rollout.engine=transformers"])
     before = psutil.Process().children(recursive=True)
     cluster.connect(settings, print)
     try:
@@ -128,16 +126,15 @@ def test_a_death_on_the_rollout_side_costs_its_episodes_and_nothing_else(tmp_pat
     finally:
         cluster.disconnect()
     run.close_tracker()
-    assert parts.rollout.done == [2, 3, 4]
-    check_run_folder(tmp_path / "run", 4, 48)
+    assert parts.rollout.done == [2, 3]
+    check_run_folder(tmp_path / "run", 3, 48)
     metrics = lines(tmp_path / "run" / "metrics.jsonl")
-    assert [m["rollout/actor_restarts"] for m in metrics] == [0, 1, 2, 3]
+    assert [m["rollout/actor_restarts"] for m in metrics] == [0, 1, 2]
     rerun = [m["rollout/episodes_rerun"] for m in metrics]
     assert rerun[0] == 0
-    assert all(1 <= more <= 16 for more in (rerun[1], rerun[2] - rerun[1]))  # those that the actor held, no more
-    assert rerun[3] == rerun[2]
+    assert 1 <= rerun[1] <= 16 and rerun[2] == rerun[1]  # those that the actor held, no more
     episodes = [t.request.episode_id for _, t in load_trajectories(tmp_path / "run" / "trajectories.jsonl")]
-    assert len(set(episodes)) == len(episodes) == 4 * 48
+    assert len(set(episodes)) == len(episodes) == 3 * 48
     _, left = psutil.wait_procs(processes, timeout=20)
     assert left == []
 

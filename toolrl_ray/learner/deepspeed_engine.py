@@ -26,8 +26,10 @@ from toolrl_ray.learner.engine import (
     get_adam_step,
     learner_device,
     make_optimizer,
+    optimized,
     policy_tensors,
     set_adam_step,
+    set_lr,
     tensor_metadata,
     trained_parameters,
     warmed_up_lr,
@@ -93,10 +95,8 @@ class DeepSpeedEngine:
         self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
     def step(self) -> float:
-        self.lr = warmed_up_lr(self.config, self.num_steps)
+        self.lr = set_lr(self.engine.optimizer, self.config, self.num_steps)
         self.num_steps += 1
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = self.lr
         norm = None
         if self.config.zero_stage == 0:  # in float32 it clips without telling the norm
             norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
@@ -153,7 +153,7 @@ class DeepSpeedEngine:
     def _load_whole(self, read: Callable[[str, str], Tensor]) -> None:
         for kind, name, tensor in self.state():
             tensor.copy_(read(kind, name))
-        for (_, p), master in zip(trained_parameters(self.module), self._adam.param_groups[0]["params"], strict=True):
+        for (_, p), master in zip(trained_parameters(self.module), optimized(self._adam), strict=True):
             p.data.copy_(master.data)
 
     def _load_zero_1_2(self, read: Callable[[str, str], Tensor]) -> None:

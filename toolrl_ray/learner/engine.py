@@ -26,7 +26,7 @@ class Engine(Protocol):
 
     module: PolicyWithValue
     device: torch.device
-    lr: float  # of the last step, or of the first one to come
+    lr: float  # the policy's, of the last step, or of the first one to come
     num_steps: int  # optimiser steps taken
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
@@ -72,19 +72,36 @@ def learner_device(config: LearnerConfig) -> torch.device:
     return torch.device("cuda", 0)
 
 
-def make_optimizer(module: nn.Module, config: LearnerConfig) -> torch.optim.AdamW:
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, lr=config.lr, betas=config.adam_betas, weight_decay=config.weight_decay)
+def make_optimizer(module: PolicyWithValue, config: LearnerConfig) -> torch.optim.AdamW:
+    """Its first group is the policy, its second the critic, where there is one."""
+    critic = [p for part in (module.critic_trunk, module.value_head) if part is not None for p in part.parameters()]
+    groups = [[p for p in parameters if p.requires_grad] for parameters in (module.lm.parameters(), critic)]
+    return torch.optim.AdamW(
+        [{"params": group} for group in groups if group], lr=config.lr, betas=config.adam_betas, weight_decay=config.weight_decay
+    )
 
 
 def warmed_up_lr(config: LearnerConfig, step: int) -> float:
-    """Learning rate of optimiser step 0, 1, ...: linear up to config.lr, which step warmup_steps - 1 is the first to have."""
+    """The policy's learning rate at optimiser step 0, 1, ...: linear up to config.lr, which step warmup_steps - 1 is the first to have."""
     return config.lr * min(1.0, (step + 1) / max(1, config.warmup_steps))
+
+
+def set_lr(optimizer: Any, config: LearnerConfig, step: int) -> float:
+    """For optimiser step 0, 1, ... of what `make_optimizer` made. Returns the policy's; the critic's rises beside it."""
+    lr = warmed_up_lr(config, step)
+    for group, ratio in zip(optimizer.param_groups, (1.0, (config.critic_lr or config.lr) / config.lr), strict=False):
+        group["lr"] = lr * ratio
+    return lr
 
 
 def trained_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """In the order in which `make_optimizer` takes them."""
     return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+
+
+def optimized(adam: torch.optim.AdamW) -> list[Tensor]:
+    """What adam updates, in that order: the parameters, or float32 copies of them."""
+    return [p for group in adam.param_groups for p in group["params"]]
 
 
 def adam_state(adam: torch.optim.AdamW, p: Tensor) -> dict[str, Tensor]:
@@ -105,8 +122,8 @@ def set_adam_step(adam: torch.optim.AdamW, step: int) -> None:
 
 
 def whole_state(adam: torch.optim.AdamW, module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
-    """`Engine.state` where nothing is partitioned: the live tensors. What adam updates is the parameters, or float32 copies of them."""
-    for (name, _), master in zip(trained_parameters(module), adam.param_groups[0]["params"], strict=True):
+    """`Engine.state` where nothing is partitioned: the live tensors."""
+    for (name, _), master in zip(trained_parameters(module), optimized(adam), strict=True):
         yield WEIGHT, name, master.detach()
         for kind in MOMENTS:
             yield kind, name, adam_state(adam, master)[kind]
@@ -155,10 +172,8 @@ class TorchEngine:
         loss.backward()
 
     def step(self) -> float:
-        self.lr = warmed_up_lr(self.config, self.num_steps)
+        self.lr = set_lr(self.optimizer, self.config, self.num_steps)
         self.num_steps += 1
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -63,10 +63,6 @@ class ToolClient:
         """The calls of this session are over; returns at once."""
         self._dispatcher.end_session(session)
 
-    async def connect(self) -> None:
-        """Optional, before the first call: reaches every tool once, which takes a second or two the first time."""
-        await self._dispatcher.connect()
-
     async def infos(self) -> dict[str, ToolInfo]:
         """What every tool says of itself; waits for those that are starting, so the caller sets the deadline."""
         return await self._dispatcher.infos()

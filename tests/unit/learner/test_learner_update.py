@@ -186,6 +186,16 @@ def test_the_learning_rate_warms_up_linearly(folder):
     assert seen == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
 
 
+def test_the_critic_learns_at_a_rate_of_its_own(folder):
+    """AdamW's first step moves a parameter by the learning rate, whatever its gradient's size."""
+    x = learner(folder, {"num_minibatches": 1, "num_epochs": 1}, learner={"lr": 1e-3, "critic_lr": 4e-3, "warmup_steps": 2})
+    weight = x.engine.module.lm.get_output_embeddings().weight.detach()
+    before = weight.clone()
+    assert x.update(random_trajectories(3))["ppo/lr"] == pytest.approx(5e-4)
+    assert float((weight - before).abs().max()) == pytest.approx(5e-4, rel=1e-2)
+    assert float(x.engine.module.value_head.bias.detach().abs()) == pytest.approx(2e-3, rel=1e-2)  # from zero
+
+
 def test_objective_kl_is_the_mean_over_episodes_of_old_minus_reference_and_drives_the_controller(folder, tmp_path):
     x = learner(folder, {"kl_target": 1e-4, "kl_horizon": 100})
     x.update(random_trajectories(10))
