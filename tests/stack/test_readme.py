@@ -13,6 +13,8 @@ from toolrl_ray.bootstrap.build import ensure_tiny_policy
 from toolrl_ray.recipe import load
 from toolrl_ray.tracking.trajectories import load_trajectories
 
+pytestmark = pytest.mark.java  # one example searches
+
 README = (Path(__file__).parents[2] / "README.md").read_text()
 SMALL = "train.num_steps=1 train.tasks_per_step=4 task.num_train=8 task.num_heldout=4 eval.num_tasks=4 bootstrap.num_steps=2".split()
 
@@ -77,7 +79,6 @@ def test_a_script_from_trl(tmp_path, monkeypatch, capsys):
     assert "What is 1+11?" in shown
 
 
-@pytest.mark.java
 def test_a_recipe_with_search_over_an_index_of_ones_own(tmp_path):
     rows = ['{"id": "1", "title": "Mercury", "text": "Mercury is the planet nearest to the sun."}\n']
     (tmp_path / "corpus.jsonl").write_text("".join(rows))

@@ -1,0 +1,224 @@
+"""A weight sync of which a part hangs, fails or dies: the real sync, client and sender over Ray, with engines that misbehave on demand."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import ray
+import torch
+from learner_synthetic import run_config
+from ray import cloudpickle
+from safetensors.torch import load
+
+from toolrl_ray.errors import LearnerLost, WeightSyncError
+from toolrl_ray.learner.actor import LearnerActor
+from toolrl_ray.weights.sync import MAX_TRIES, WeightSync
+
+TIMEOUT_S = 2.0
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a worker process cannot import what this file imports
+
+
+def misbehave(fate: str) -> None:
+    if fate == "hangs":
+        time.sleep(600)
+    if fate == "dies":
+        os._exit(1)
+    if fate == "fails":
+        raise RuntimeError("out of\nmemory")
+
+
+@ray.remote(num_cpus=0, max_restarts=-1)
+class Engine:
+    """The surface of a RolloutActor that a sync sees. fate: what befalls its first process in which phase; "always": every process."""
+
+    def __init__(self, phase: str = "", fate: str = "", always: bool = False):
+        self.life = int(ray.get_runtime_context().was_current_actor_reconstructed)
+        self.phase, self.fate = (phase, fate) if always or not self.life else ("", "")
+        self.log: list[str] = []
+        self.weight = 0.0
+
+    def start(self) -> int:
+        return self.life
+
+    def seen(self) -> tuple[list[str], float]:
+        return self.log, self.weight
+
+    def _note(self, phase: str, version: int | str = "") -> None:
+        self.log.append(f"{phase}{version}")
+        if phase == self.phase:
+            misbehave(self.fate)
+
+    def pause(self) -> None:
+        self._note("pause")
+
+    def init_weight_transfer(self, init_info: dict) -> None:
+        self._note("init_weight_transfer")
+
+    def start_weight_update(self) -> None:
+        self._note("start_weight_update")
+
+    def update_weights(self, update_info: dict) -> None:
+        self.weight = float(load(update_info["payload"])["w"])
+        self._note("update_weights")
+
+    def finish_weight_update(self, version: int) -> None:
+        self._note("finish_weight_update", version)
+
+    def resume(self) -> None:
+        self._note("resume")
+
+
+class Weight:
+    """A learner of one number."""
+
+    def __init__(self) -> None:
+        self.value = 1.0
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield "w", torch.tensor(self.value)
+
+
+@ray.remote(num_cpus=0)
+class Learner(LearnerActor):
+    """Sends as the real one does. fate: what befalls it in `send_weights`."""
+
+    def begin(self, fate: str = "") -> None:
+        self.learner, self.fate = Weight(), fate
+
+    def set(self, value: float) -> None:
+        self.learner.value = value
+
+    def send_weights(self, policy_version: int) -> None:
+        misbehave(self.fate)
+        super().send_weights(policy_version)
+
+
+def answer(method):
+    """What it returns, once its actor's process is there."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return ray.get(method(), timeout=60)
+        except ray.exceptions.ActorUnavailableError:  # it is being started anew
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+
+class Pool:
+    """lives: an engine that was started anew is left out, as long as only 0 is in here."""
+
+    def __init__(self, engines: list):
+        self.engines, self.lives = engines, {0}
+
+    def reachable(self) -> list:
+        return [engine for engine in self.engines if answer(engine.start.remote) in self.lives]
+
+
+@pytest.fixture
+def make(cluster):
+    """make(*engines, fate="") -> (WeightSync, its Pool, the learner), all of which are ended with the test."""
+    actors = []
+
+    def make(*engines, fate: str = "") -> tuple:
+        config = run_config(weights={"timeout_s": TIMEOUT_S})
+        learners = [Learner.remote(config, "", 0, 1)]
+        actors.extend([*engines, *learners])
+        ray.get([engine.start.remote() for engine in engines] + [learners[0].begin.remote(fate)], timeout=60)
+        pool = Pool(list(engines))
+        return WeightSync(config, pool, learners), pool, learners[0]
+
+    yield make
+    for actor in actors:
+        ray.kill(actor)
+
+
+def seen(engine) -> tuple[list[str], float]:
+    return answer(engine.seen.remote)
+
+
+def check_frozen_until_whole(log: list[str]) -> None:
+    """Between a pause and the resume after it the last of the update's phases is its end: no engine goes on by half of an update."""
+    update = [entry for entry in log if not entry.startswith("init")]
+    for i, entry in enumerate(update):
+        if entry == "resume":
+            assert update[i - 1].startswith("finish_weight_update"), log
+    assert update[-1] == "resume", log
+
+
+@pytest.mark.parametrize(
+    ("phase", "fate", "message"),
+    [
+        ("pause", "hangs", r"RolloutActor \[1\] did not answer phase pause within 2 s \(weights.timeout_s\)"),
+        ("init_weight_transfer", "hangs", r"RolloutActor \[1\] did not answer phase init_weight_transfer within 2 s"),
+        ("start_weight_update", "fails", "RolloutActor 1 failed in phase start_weight_update: RuntimeError: out of memory"),
+        ("update_weights", "hangs", r"RolloutActor \[1\] did not answer phase update_weights within 2 s"),
+        ("update_weights", "dies", r"RolloutActor 1 failed in phase update_weights: Actor(Died|Unavailable)Error"),
+        ("finish_weight_update", "fails", "RolloutActor 1 failed in phase finish_weight_update: RuntimeError: out of memory"),
+        ("resume", "hangs", r"RolloutActor \[1\] did not answer phase resume within 2 s"),
+    ],
+)
+def test_an_engine_that_misbehaves_is_named_and_the_others_get_their_weights(phase, fate, message, make, caplog) -> None:
+    healthy, bad = Engine.remote(), Engine.remote(phase, fate)
+    sync, pool, _ = make(healthy, bad)
+    if fate == "fails":
+        pool.lives = {0}  # it lives on, and would fail again: it is gone at the next attempt, as one whose start fails
+        pool.reachable = iter([[healthy, bad], [healthy]]).__next__
+    with caplog.at_level(logging.WARNING):
+        metrics = sync.sync(3)
+    assert metrics["weights/policy_version"] == 3
+    [warning] = caplog.messages
+    assert pytest.approx(1.0) == seen(healthy)[1]
+    assert re.search(message, warning), warning
+    assert "trying again (2 of 3)" in warning
+    log, _ = seen(healthy)
+    check_frozen_until_whole(log)
+    assert "finish_weight_update3" in log
+
+
+def test_after_all_attempts_the_error_of_the_last_is_raised(make, caplog) -> None:
+    sync, _, _ = make(Engine.remote("update_weights", "fails", always=True))
+    with pytest.raises(WeightSyncError, match="RolloutActor 0 failed in phase update_weights: RuntimeError: out of memory"):
+        sync.sync(1)
+    assert len(caplog.messages) == MAX_TRIES - 1
+
+
+@pytest.mark.parametrize(("fate", "message"), [("hangs", r"LearnerActor \[0\] did not answer phase send within 8 s"), ("dies", "phase send")])
+def test_a_learner_that_is_lost_is_not_asked_again(fate, message, make, caplog) -> None:
+    sync, _, _ = make(Engine.remote(), fate=fate)
+    with pytest.raises(LearnerLost, match=message):
+        sync.sync(1)
+    assert caplog.messages == []
+
+
+def test_an_engine_that_comes_back_gets_the_current_weights_and_not_while_they_change(make) -> None:
+    healthy, bad = Engine.remote(), Engine.remote("pause", "dies")
+    sync, pool, learner = make(healthy, bad)
+    sync.sync(1)
+    ray.get(learner.set.remote(2.0), timeout=30)
+    sync.sync(2)
+    assert seen(bad) == ([], 0.0)
+    pool.lives = {0, 1}
+    held, done = threading.Event(), threading.Event()
+
+    def update() -> None:
+        with sync.changing:
+            held.set()
+            done.wait(timeout=60)
+
+    thread = threading.Thread(target=update)
+    thread.start()
+    held.wait(timeout=60)
+    assert sync.readmit() is False
+    assert seen(bad) == ([], 0.0)
+    done.set()
+    thread.join(timeout=60)
+    assert sync.readmit() is True
+    log, weight = seen(bad)
+    assert weight == 2.0 and log[-2:] == ["finish_weight_update2", "resume"]
