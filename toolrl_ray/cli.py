@@ -100,15 +100,19 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help="for example train.num_steps=10")
         return sub
 
-    train = command("train", _train, "Train a policy by a recipe, or go on with a run that was interrupted.", recipe=False)
-    train.usage = "toolrl train [--in-process] [--verbose] (RECIPE | --resume RUN_DIR) [key.path=value ...]"
-    words = "name of a recipe, or a path to a .yaml file; then overrides, for example train.num_steps=10"
-    train.add_argument("overrides", nargs="*", default=[], metavar="RECIPE", help=words)  # which comes first: see _run_folder
-    train.add_argument("--resume", metavar="RUN_DIR", help="go on from the newest checkpoint of that run")
+    def training(name: str, run: Any, text: str, flags: str) -> argparse.ArgumentParser:
+        sub = command(name, run, text, recipe=False)
+        sub.usage = f"toolrl {name} {flags} [--verbose] (RECIPE | --resume RUN_DIR) [key.path=value ...]"
+        words = "name of a recipe, or a path to a .yaml file; then overrides, for example train.num_steps=10"
+        sub.add_argument("overrides", nargs="*", default=[], metavar="RECIPE", help=words)  # which comes first: see _take_recipe
+        sub.add_argument("--resume", metavar="RUN_DIR", help="go on from the newest checkpoint of that run")
+        return sub
+
+    train = training("train", _train, "Train a policy by a recipe, or go on with a run that was interrupted.", "[--in-process]")
     train.add_argument("--in-process", action="store_true", help="no Ray, one process: for debugging")
     eval_cli.add_command(command)
     command("bootstrap", _bootstrap, "Make and warm-start the tiny policy of a recipe; prints its folder.")
-    submit = command("submit", _submit, "Submit `toolrl train` as a Ray job.")
+    submit = training("submit", _submit, "Submit `toolrl train` as a Ray job.", "[--address URL] [--no-wait]")
     submit.add_argument("--address", help="of the Ray dashboard, default: RAY_ADDRESS or http://127.0.0.1:8265")
     submit.add_argument("--no-wait", action="store_true", help="do not follow the job's output")
     tools_cli.add_commands(partial(command, recipe=False), group)
@@ -199,18 +203,25 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
+def _take_recipe(options: argparse.Namespace) -> None:
+    """Sets options.recipe, which stands before the overrides, or not at all where a run goes on. Raises UserError."""
+    if options.resume:
+        if options.overrides and "=" not in options.overrides[0]:
+            raise UserError(f"RECIPE={options.overrides[0]!r} contradicts --resume: a run goes on with its own recipe; give one of them")
+    elif options.overrides:
+        options.recipe, *options.overrides = options.overrides
+    else:
+        raise UserError("a recipe is missing, or --resume RUN_DIR; see toolrl train --help")
+
+
 def _run_folder(options: argparse.Namespace) -> tuple[Any, Path]:
     """The configuration and the folder of a run, a new one or one that goes on."""
     from toolrl_ray import run_dir as run_dirs
 
+    _take_recipe(options)
     if options.resume:
-        if options.overrides and "=" not in options.overrides[0]:
-            raise UserError(f"RECIPE={options.overrides[0]!r} contradicts --resume: a run goes on with its own recipe; give one of them")
         config = run_dirs.reopen(Path(options.resume), options.overrides)
         return config, Path(config.run_dir)
-    if not options.overrides:
-        raise UserError("train wants a recipe, or --resume RUN_DIR; see toolrl train --help")
-    options.recipe, *options.overrides = options.overrides
     config = load(options)
     return config, run_dirs.claim(config)
 
@@ -236,10 +247,13 @@ def _bootstrap(options: argparse.Namespace) -> int:
 
 
 def _submit(options: argparse.Namespace) -> int:
-    load(options)  # a wrong recipe or key fails here, not on the cluster
+    _take_recipe(options)
+    if not options.resume:
+        load(options)  # a wrong recipe or key fails here, not on the cluster; a run's folder may be there alone
     from toolrl_ray.submit import submit
 
-    return submit(options.address, [options.recipe, *options.overrides], wait=not options.no_wait, say=say)
+    what = ["--resume", str(Path(options.resume).absolute())] if options.resume else [options.recipe]
+    return submit(options.address, [*what, *options.overrides], wait=not options.no_wait, say=say)
 
 
 def _doctor(options: argparse.Namespace) -> int:

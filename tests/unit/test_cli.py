@@ -92,6 +92,9 @@ def run(arguments: list[str]) -> int:
         ("eval calculator eval.temperature=0", ["eval.temperature=0", "greater than 0"]),
         ("bootstrap calculator policy.path=org/name", ["policy.path='org/name'", "policy.path=tiny"]),
         ("submit calculator train.num_steps=x", ["train.num_steps='x'"]),
+        ("submit calculator --resume runs/one", ["RECIPE='calculator'", "--resume"]),
+        ("submit", ["a recipe is missing", "--resume RUN_DIR"]),
+        ("train", ["a recipe is missing", "--resume RUN_DIR"]),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(command: str, parts: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,6 +115,14 @@ def test_a_package_that_is_not_installed_is_one_line_with_the_install_line(
     assert run(["train", "calculator"]) == 2
     error = capsys.readouterr().err
     assert error == f"toolrl: {package} is not installed; pip install -e '.[cpu]', or with GPUs pip install -e '.[gpu]'\n"
+
+
+def test_submit_hands_the_recipe_or_the_run_to_go_on_with_to_train(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    submitted = []
+    monkeypatch.setattr("toolrl_ray.submit.submit", lambda address, arguments, wait, say: submitted.append(arguments) or 0)
+    assert run(["submit", "calculator", "train.num_steps=3"]) == 0
+    assert run(["submit", "--resume", "runs/one", "train.num_steps=9", "--no-wait"]) == 0
+    assert submitted == [["calculator", "train.num_steps=3"], ["--resume", str(folder / "runs/one"), "train.num_steps=9"]]
 
 
 def test_a_package_that_only_submit_needs_is_told_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
