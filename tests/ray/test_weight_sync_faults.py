@@ -190,7 +190,8 @@ def test_after_all_attempts_the_error_of_the_last_is_raised(make, caplog) -> Non
 
 
 @pytest.mark.parametrize(
-    ("fate", "message"), [("hangs", r"LearnerActor \[0\] did not answer phase send within 8 s"), ("dies", "LearnerActor 0 failed in phase send")]
+    ("fate", "message"),
+    [("hangs", r"LearnerActor \[0\] did not answer phase send within 8 s"), ("dies", "LearnerActor 0 failed in phase send")],
 )
 def test_a_learner_that_is_lost_is_not_asked_again(fate, message, make, caplog) -> None:
     sync, _, _ = make(Engine.remote(), fate=fate)
