@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -381,7 +382,9 @@ def building(tmp_path: Path) -> Iterator[subprocess.Popen]:
     rows = ({"id": str(number), "title": f"T {number}", "text": f"words {number} " * 10} for number in range(200_000))
     corpus = corpus_file(tmp_path / "big.jsonl", rows)
     code = "import sys; from tools_service.search.index import cli_build; cli_build(*sys.argv[1:])"
-    process = subprocess.Popen([sys.executable, "-c", code, str(corpus), str(tmp_path / "out")], cwd=ROOT, stderr=subprocess.PIPE)
+    told = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and pass that on
+    command = [sys.executable, "-c", code, str(corpus), str(tmp_path / "out")]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, preexec_fn=told)
     try:
         until = time.monotonic() + 60
         while not (tmp_path / ".out.partial" / "titles.sqlite").exists():
