@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from toolrl_ray import recipe as recipes
+from toolrl_ray.checkpoint import committed_steps
 from toolrl_ray.config import RunConfig
 from toolrl_ray.errors import ConfigError, UserError
 
@@ -205,11 +206,15 @@ def hold(file: Any) -> bool:
     return True
 
 
-def set_aside(folder: Path, run: PlannedRun) -> None:
-    """Give what a run left that did not finish another name: NAME.failed-1, NAME.failed-2, ..."""
+def arguments(folder: Path, recipe: str, run: PlannedRun) -> list[str]:
+    """What `toolrl train` is told. A run that left a checkpoint goes on from there; what another that did not finish has left gets
+    another name: NAME.failed-1, NAME.failed-2, ..."""
+    if committed_steps(folder / run.name):
+        return ["--resume", str(folder / run.name)]
     if (folder / run.name).exists():
         free = next(n for n in itertools.count(1) if not (folder / f"{run.name}.failed-{n}").exists())
         (folder / run.name).rename(folder / f"{run.name}.failed-{free}")
+    return [recipe, *run.overrides]
 
 
 def last_line(log: Path) -> str:

@@ -120,7 +120,7 @@ def this_machine() -> tuple[list[dict[str, float]], list[str]]:
 class LocalRun:
     """`toolrl train` as a process with a session of its own: Ctrl-C reaches the study alone, which then ends its runs."""
 
-    def __init__(self, run: PlannedRun, recipe: str, cwd: str, log: Any, environment: dict[str, str]):
+    def __init__(self, arguments: list[str], cwd: str, log: Any, environment: dict[str, str]):
         libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
         def die_with_parent() -> None:
@@ -128,7 +128,7 @@ class LocalRun:
                 libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # also when the study is killed with no time to tell its runs
 
         self._process = subprocess.Popen(
-            [*TRAIN, recipe, *run.overrides],
+            [*TRAIN, *arguments],
             cwd=cwd,
             env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
             stdin=subprocess.DEVNULL,
@@ -193,8 +193,8 @@ def local_start(folder: Path, recipe: str, cwd: str, gpus: list[str], gpus_per_r
         with (folder / f"{run.name}.log").open("a") as log:  # the process keeps it, and the lock, open
             if not sweep.hold(log):
                 return None
-            sweep.set_aside(folder, run)
-            return LocalRun(run, recipe, cwd, log, {"CUDA_VISIBLE_DEVICES": ",".join(mine)} if mine else {})
+            arguments = sweep.arguments(folder, recipe, run)
+            return LocalRun(arguments, cwd, log, {"CUDA_VISIBLE_DEVICES": ",".join(mine)} if mine else {})
 
     return start
 
@@ -214,8 +214,7 @@ def job_start(folder: Path, recipe: str, client: Any, submit: Callable[[list[str
         except (RuntimeError, OSError):  # of a cluster that is gone
             job = ""
         if not job:
-            sweep.set_aside(folder, run)
-            job = submit([recipe, *run.overrides])
+            job = submit(sweep.arguments(folder, recipe, run))
             note.write_text(job)
         return JobRun(client, job, log)
 

@@ -120,6 +120,7 @@ def test_a_study_runs_as_ray_jobs_one_after_another_where_the_cluster_holds_one(
     address, environment = head
     folder = tmp_path / "study"
     command = [BIN / "toolrl", "sweep", "calculator", "--seeds", "2", "--dir", folder, "--address", address, *SMALL, "bootstrap.seed=0"]
+    command += ["rollout.engine=transformers"]  # which starts sooner
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert f"1 at once, as Ray jobs of {address}" in done.stdout

@@ -134,9 +134,16 @@ def test_what_a_failed_run_left_is_kept_under_another_name(tmp_path: Path) -> No
     for attempt in ("first", "second"):
         (tmp_path / "seed-0").mkdir()
         (tmp_path / "seed-0" / "metrics.jsonl").write_text(attempt)
-        sweep.set_aside(tmp_path, run)
+        assert sweep.arguments(tmp_path, "calculator", run) == ["calculator", *run.overrides]
     assert sorted(path.parent.name + path.read_text() for path in tmp_path.glob("*/metrics.jsonl")) == [
         "seed-0.failed-1first",
         "seed-0.failed-2second",
     ]
     assert not (tmp_path / "seed-0").exists()
+
+
+def test_a_run_that_left_a_checkpoint_goes_on_from_it(tmp_path: Path) -> None:
+    (run,) = plan(make_study("calculator", [], [0]), tmp_path)
+    (tmp_path / "seed-0" / "checkpoints" / "step-000010").mkdir(parents=True)
+    assert sweep.arguments(tmp_path, "calculator", run) == ["--resume", str(tmp_path / "seed-0")]
+    assert (tmp_path / "seed-0").is_dir()

@@ -134,7 +134,7 @@ def test_an_array_script_has_the_runs_that_are_missing_and_each_of_its_tasks_run
 def test_runs_at_once_on_one_machine_have_gpus_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     seen = []
-    monkeypatch.setattr(sweep_runs, "LocalRun", lambda run, recipe, cwd, log, environment: seen.append(environment))
+    monkeypatch.setattr(sweep_runs, "LocalRun", lambda arguments, cwd, log, environment: seen.append(environment))
     nodes, gpus = sweep_runs.this_machine()
     start_one = sweep_runs.local_start(tmp_path, "calculator", str(tmp_path), gpus, 2)
     for place, run in enumerate(sweep.plan(sweep.make_study("calculator", [], [0, 1]), tmp_path)):
