@@ -25,6 +25,7 @@ LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
 SEED_STRIDE = 1_000_003  # between the engines of one run: further apart than the seeds of a study
 CONNECT_S = 10.0
 REMOVE_S, REMOVE_POLL_S, END_S = 30.0, 0.2, 1.0
+CLOSE_S, CLOSE_LOCAL_S = 60.0, 5.0  # for each of a run's parts to be taken down
 
 
 def connect(config: RunConfig, say: Callable[[str], None], *, learner: bool = True, verbose: bool = False) -> None:
@@ -119,7 +120,11 @@ def ray_parts(config: RunConfig, policy_dir: str, say: Callable[[str], None], *,
             ("the placement group", lambda: ray.util.remove_placement_group(group)),
         ]:
             try:
-                undo()
+                _within(CLOSE_S if os.environ.get("RAY_ADDRESS") else CLOSE_LOCAL_S, undo)
+            except TimeoutError:
+                # A scheduler's SIGTERM reaches a Ray of one's own as it reaches this process, and then nobody answers any more.
+                log.warning("%s could not be taken down: Ray does not answer", what)
+                return
             except Exception:
                 log.exception("%s could not be taken down", what)
 
@@ -219,11 +224,22 @@ def _remove_deployed(start: Future[Any], is_there: Callable[[], bool], remove: C
         time.sleep(REMOVE_POLL_S)
 
 
-def _all_at_once(jobs: dict[Future[Any], Callable[[], Any]]) -> None:
-    """Run the jobs in threads; the first failure is raised at once. Each job has a deadline of its own; its future gets the outcome.
+def _within(seconds: float, job: Callable[[], Any]) -> None:
+    """Runs the job, or raises TimeoutError and leaves it to itself."""
+    done: Future[Any] = Future()
+    _all_in_threads({done: job})
+    done.result(timeout=seconds)
 
-    The threads are daemons: after a failure or Ctrl-C one may wait for a cluster that is gone, and must not hold up the exit.
-    """
+
+def _all_at_once(jobs: dict[Future[Any], Callable[[], Any]]) -> None:
+    """Run the jobs in threads; the first failure is raised at once. Each job has a deadline of its own; its future gets the outcome."""
+    _all_in_threads(jobs)
+    for future in wait(jobs, return_when=FIRST_EXCEPTION).done:
+        future.result(timeout=0)
+
+
+def _all_in_threads(jobs: dict[Future[Any], Callable[[], Any]]) -> None:
+    """Daemons: after a failure or Ctrl-C one may wait for a cluster that is gone, and must not hold up the exit."""
 
     def run(job: Callable[[], Any], future: Future[Any]) -> None:
         if not future.set_running_or_notify_cancel():
@@ -235,8 +251,6 @@ def _all_at_once(jobs: dict[Future[Any], Callable[[], Any]]) -> None:
 
     for future, job in jobs.items():
         threading.Thread(target=run, args=(job, future), daemon=True).start()
-    for future in wait(jobs, return_when=FIRST_EXCEPTION).done:
-        future.result(timeout=0)
 
 
 def disconnect() -> None:

@@ -16,22 +16,25 @@ SMALL = ["task.num_train=256", "task.num_heldout=8", "eval.num_tasks=8", "bootst
 
 
 @pytest.mark.parametrize(
-    ("awaited", "sent", "code", "word", "keeps_folder"),
+    ("engine", "awaited", "sent", "to_all", "code", "word", "keeps_folder"),
     [
-        ("starting 1 x vllm", signal.SIGINT, 130, "interrupted", False),  # engine, learner and Serve are in mid-start
-        ("step   2/", signal.SIGTERM, 143, "terminated", True),
+        ("vllm", "starting 1 x vllm", signal.SIGINT, True, 130, "interrupted", False),  # engine, learner and Serve are in mid-start
+        ("vllm", "step   2/", signal.SIGTERM, False, 143, "terminated", True),
+        # As a scheduler sends it: also to Ray's own processes, which answer nothing after it.
+        ("transformers", "step   2/", signal.SIGTERM, True, 143, "terminated", True),
     ],
-    ids=["ctrl-c-at-start", "sigterm-in-training"],
+    ids=["ctrl-c-at-start", "sigterm-in-training", "sigterm-to-all"],
 )
 def test_an_interrupted_run_ends_soon_and_leaves_no_process(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, awaited, sent, code, word, keeps_folder
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, engine, awaited, sent, to_all, code, word, keeps_folder
 ) -> None:
     run_dir = tmp_path / "run"
     cache = str(tmp_path_factory.getbasetemp() / "cache")
     environment = {**os.environ, "TOOLRL_CACHE": cache, "PYTHONUNBUFFERED": "1"}
     environment.pop("RAY_ADDRESS", None)
+    overrides = [f"run_dir={run_dir}", *SMALL, "train.num_steps=100", f"rollout.engine={engine}"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "toolrl_ray.cli", "train", "calculator", f"run_dir={run_dir}", *SMALL, "train.num_steps=100"],
+        [sys.executable, "-m", "toolrl_ray.cli", "train", "calculator", *overrides],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -49,7 +52,7 @@ def test_an_interrupted_run_ends_soon_and_leaves_no_process(
         time.sleep(1)
         family = psutil.Process(process.pid).children(recursive=True)
         assert family
-        os.killpg(process.pid, sent) if sent == signal.SIGINT else process.send_signal(sent)
+        os.killpg(process.pid, sent) if to_all else process.send_signal(sent)
         rest, _ = process.communicate(timeout=60)
     finally:
         process.kill()
