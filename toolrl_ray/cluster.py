@@ -113,6 +113,7 @@ def ray_parts(config: RunConfig, policy_dir: str, say: Callable[[str], None], *,
     def close() -> None:
         import ray
 
+        is_shared = bool(os.environ.get("RAY_ADDRESS"))
         # The tools first: Serve is detached and would outlive this job, the actors would not.
         for what, undo in [
             *([] if config.tools.app else [("the tools", lambda: _remove_tools(app_name, tools_start, say))]),
@@ -120,11 +121,11 @@ def ray_parts(config: RunConfig, policy_dir: str, say: Callable[[str], None], *,
             ("the placement group", lambda: ray.util.remove_placement_group(group)),
         ]:
             try:
-                _within(CLOSE_S if os.environ.get("RAY_ADDRESS") else CLOSE_LOCAL_S, undo)
+                _within(CLOSE_S if is_shared else CLOSE_LOCAL_S, undo)
             except TimeoutError:
-                # A scheduler's SIGTERM reaches a Ray of one's own as it reaches this process, and then nobody answers any more.
                 log.warning("%s could not be taken down: Ray does not answer", what)
-                return
+                if not is_shared:  # a scheduler's SIGTERM has reached Ray as it has this process: nobody will answer any more
+                    return
             except Exception:
                 log.exception("%s could not be taken down", what)
 
