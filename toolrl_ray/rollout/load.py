@@ -60,4 +60,12 @@ def load_transformers_engine(config: RunConfig, policy_dir: str, codec: HFCodec)
     if config.rollout.num_gpus > 0:
         model = model.cuda()
     max_batch = max(config.rollout.max_in_flight, config.eval.max_in_flight)
-    return TransformersEngine(model, codec.decode, codec.eos_token_ids, max_batch=max_batch, seed=config.seed, policy_version=0)
+    return TransformersEngine(
+        model,
+        codec.decode,
+        codec.eos_token_ids,
+        max_batch=max_batch,
+        seed=config.seed,
+        policy_version=0,
+        recompute=config.weights.kv_cache == "recompute",
+    )

@@ -33,7 +33,8 @@ class _Row:
 
 class TransformersEngine:
     """model: a causal LM in eval mode, which the engine keeps for itself. decode: text of sampled ids, for stop strings.
-    seed: with a completion's own seed it says what that draws, whatever else is under way."""
+    seed: with a completion's own seed it says what that draws, whatever else is under way. recompute: new weights compute again what
+    those before have cached of a completion (weights.kv_cache)."""
 
     def __init__(
         self,
@@ -44,6 +45,7 @@ class TransformersEngine:
         max_batch: int,
         seed: int,
         policy_version: int,
+        recompute: bool = True,
     ):
         self._model = model.eval()
         self._decode = decode
@@ -52,6 +54,9 @@ class TransformersEngine:
         self._seed = seed
         self._unseeded = itertools.count()
         self._version = policy_version
+        self._recompute = recompute
+        self._samples = asyncio.Event()  # unless paused
+        self._samples.set()
         self._waiting: list[_Row] = []
         self._worker: asyncio.Task[None] | None = None
 
@@ -96,15 +101,23 @@ class TransformersEngine:
         for i, row in enumerate(batch):
             input_ids[i, width - len(row.prompt) :] = torch.tensor(row.prompt, device=device)
             attention_mask[i, width - len(row.prompt) :] = 1
-        position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
         temperature = torch.tensor([row.params.temperature or 1.0 for row in batch], device=device)[:, None]
         greedy = torch.tensor([row.params.temperature == 0 for row in batch], device=device)
-        cache = None
+        cache, cached_by = None, self._version
         while True:
             await asyncio.sleep(0)  # tools, deadlines and the actor's other calls get their turn between tokens
+            await self._samples.wait()
+            if self._recompute and cached_by != self._version:
+                cache, cached_by = None, self._version
+            start = 0 if cache is None else input_ids.shape[1] - 1
+            position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
             with torch.no_grad():
                 out = self._model(
-                    input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache, use_cache=True
+                    input_ids=input_ids[:, start:],
+                    attention_mask=attention_mask,
+                    position_ids=position_ids[:, start:],
+                    past_key_values=cache,
+                    use_cache=True,
                 )
             cache = out.past_key_values
             logprobs = torch.log_softmax(out.logits[:, -1].float() / temperature, dim=-1)  # [B, V]
@@ -115,9 +128,8 @@ class TransformersEngine:
             self._append(batch, tokens.tolist(), logprobs.gather(1, tokens[:, None])[:, 0].tolist())
             if all(row.finish_reason for row in batch):
                 return
-            input_ids = tokens[:, None]
+            input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
             attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(batch), 1)], dim=1)
-            position_ids = position_ids[:, -1:] + 1
 
     def _append(self, batch: list[_Row], tokens: list[int], logprobs: list[float]) -> None:
         for row, token, logprob in zip(batch, tokens, logprobs, strict=True):
@@ -142,7 +154,7 @@ class TransformersEngine:
     # The weight-update protocol, in the order in which it is called.
 
     async def pause(self) -> None:
-        pass
+        self._samples.clear()
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
         pass
@@ -157,7 +169,7 @@ class TransformersEngine:
         self._version = policy_version
 
     async def resume(self) -> None:
-        pass
+        self._samples.set()
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 import torch
+from safetensors.torch import save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from toolrl_ray.rollout.transformers_engine import TransformersEngine
@@ -130,14 +131,30 @@ def test_a_completions_seed_says_what_it_draws_whatever_shares_the_batch(model):
     assert sampled(1, 7, []) != alone and sampled(0, 8, []) != alone
 
 
-def test_each_token_has_the_version_of_the_weights_that_sampled_it_also_where_they_change_between_two(engine):
+@pytest.mark.parametrize("recompute", [True, False])
+def test_what_is_sampled_after_a_pause_is_of_the_new_weights_alone(model, recompute):
+    before, after = LlamaForCausalLM(model.config), LlamaForCausalLM(model.config)
+    steps = []
+    before.register_forward_hook(lambda *_: steps.append(1))
+    engine = TransformersEngine(before, decode, [], max_batch=4, seed=0, policy_version=5, recompute=recompute)
+
     async def run():
         completion = asyncio.create_task(engine.generate([2, 3], SamplingParams(1.0, 30, ())))
-        for _ in range(10):  # some tokens, not all
+        while len(steps) < 10:
+            await asyncio.sleep(0)
+        await engine.pause()
+        await engine.start_weight_update()
+        await engine.update_weights({"payload": save({name: p.detach().clone() for name, p in after.named_parameters()})})
+        for _ in range(10):  # the new weights are here, and their version is not told yet
             await asyncio.sleep(0)
         await engine.finish_weight_update(6)
+        assert len(steps) == 10
+        await engine.resume()
         return await completion
 
-    engine._eos = frozenset()  # nothing ends it early
-    versions = asyncio.run(run()).policy_versions
-    assert len(versions) == 30 and versions == sorted(versions) and set(versions) == {5, 6}
+    completion = asyncio.run(run())
+    assert completion.policy_versions == [5] * 10 + [6] * 20
+    expected = reference(after, [2, 3, *completion.token_ids])
+    off = [abs(float(expected[1 + i, token]) - completion.logprobs[i]) for i, token in enumerate(completion.token_ids)]
+    assert (max(off[10:]) < 1e-5) is recompute  # what was cached of the old weights shows, where it is kept
+    assert min(off[:10]) > 1e-5
