@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from toolrl_ray.episode.call_format import CallFormat, ParsedTurn, RequestedCall, Shown, TurnKind
+from toolrl_ray.episode.clock import Clock
 from toolrl_ray.episode.codec import Codec
 from toolrl_ray.episode.ledger import Ledger
 from toolrl_ray.episode.shown import SHOWN, show
@@ -37,7 +38,7 @@ BACKSTOP_S = 0.5  # beyond a call's deadline, at which the client answers TIMEOU
 @dataclass(frozen=True)
 class Limits:
     """max_turns: completions per episode. Tokens: per completion, per call in an observation (markers apart), and in all.
-    Deadlines in seconds: per call, per completion, per episode."""
+    Deadlines in seconds: per call, per completion, per episode; the last two on the episode's `Clock`."""
 
     max_turns: int
     max_turn_tokens: int
@@ -59,16 +60,16 @@ async def run_episode(
     limits: Limits,
     temperature: float,
     shown: Mapping[ToolStatus, str] = SHOWN,
+    clock: Clock | None = None,
 ) -> Trajectory:
-    """Run one episode to its end. shown: a template for every status, see shown.py.
+    """Run one episode to its end. shown: a template for every status, see shown.py. clock: of the engine, where it can be paused.
 
     Raises what `generate` raises (the harness failed: the episode has to be run again). What a tool does never raises:
     a tool that fails, stalls or breaks costs a call, and its status says so.
     """
     ledger = Ledger(*call_format.prompt(codec, prompt))
-    episode = _Episode(request.episode_id, ledger, generate, call_tool, codec, call_format, limits, temperature, shown)
+    episode = _Episode(request.episode_id, ledger, generate, call_tool, codec, call_format, limits, temperature, shown, clock or Clock())
     started = time.monotonic()
-    episode.deadline = started + limits.episode_deadline_s
     try:
         while ledger.stop_reason is None:
             await episode.turn()
@@ -106,6 +107,7 @@ class _Episode:
         limits: Limits,
         temperature: float,
         shown: Mapping[ToolStatus, str],
+        clock: Clock,
     ):
         self.episode_id = episode_id
         self.ledger = ledger
@@ -119,10 +121,11 @@ class _Episode:
         self.tool_calls: list[ToolCallRecord] = []
         self.num_turns = 0
         self.num_calls = 0
-        self.deadline = 0.0  # on the monotonic clock
+        self.clock = clock
+        self.deadline = clock.now() + limits.episode_deadline_s
 
     def left_s(self) -> float:
-        return max(0.0, self.deadline - time.monotonic())
+        return max(0.0, self.deadline - self.clock.now())
 
     async def turn(self) -> None:
         room = self.limits.max_context_tokens - len(self.ledger)
@@ -133,7 +136,7 @@ class _Episode:
         budget_s = min(self.limits.turn_deadline_s, self.left_s())
         try:
             # A copy: the engine may keep what it is given, and the ledger grows.
-            async with asyncio.timeout(budget_s):
+            async with self.clock.timeout(budget_s):
                 completion = await self.generate(list(self.ledger.token_ids), params)
         except TimeoutError:
             return self.ledger.finish(StopReason.TURN_DEADLINE if self.left_s() > 0 else StopReason.EPISODE_DEADLINE)

@@ -43,7 +43,8 @@ class RolloutActor:
             call_format = await load_call_format(self._config, codec, self._tools.infos)
             self._inbox = Inbox()
             generate = self._inbox.sampling(self._engine.generate)
-            self._inbox.run = EpisodeRunner(self._config, generate, self._tools, codec, call_format).run
+            self._runner = EpisodeRunner(self._config, generate, self._tools, codec, call_format)
+            self._inbox.run = self._runner.run
             # What imports left behind lives as long as the process: going through it stalls every episode for a quarter of a second.
             gc.collect()
             gc.freeze()
@@ -62,6 +63,7 @@ class RolloutActor:
         return self._tools.stats()
 
     async def pause(self) -> None:
+        self._runner.clock.stop()
         await self._engine.pause()
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
@@ -78,3 +80,4 @@ class RolloutActor:
 
     async def resume(self) -> None:
         await self._engine.resume()
+        self._runner.clock.go()

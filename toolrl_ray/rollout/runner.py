@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from toolrl_ray.config import RunConfig
 from toolrl_ray.episode.call_format import CallFormat
+from toolrl_ray.episode.clock import Clock
 from toolrl_ray.episode.codec import HFCodec
 from toolrl_ray.episode.loop import Limits, run_episode
 from toolrl_ray.tasks.module import task_module
@@ -32,12 +33,15 @@ async def _no_tool(call: ToolCall) -> ToolResult:
 
 
 class EpisodeRunner:
+    """clock: stopped by whoever pauses the engine."""
+
     def __init__(self, config: RunConfig, generate: Any, call_tool: CallToolFn, codec: HFCodec, call_format: CallFormat):
         self._config = config
         self._generate = generate
         self._call_tool = call_tool
         self._codec = codec
         self._call_format = call_format
+        self.clock = Clock()
         self._task = task_module(config.task)
         self._limits = Limits(**config.episode.model_dump(exclude={"shown", "call_format", "system"}))
 
@@ -52,6 +56,7 @@ class EpisodeRunner:
             limits=self._limits,
             temperature=self._config.rollout.temperature if request.temperature is None else request.temperature,
             shown=self._config.episode.shown,
+            clock=self.clock,
         )
         trajectory.reward = float(self._task.reward(trajectory))
         return trajectory
