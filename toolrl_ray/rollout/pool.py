@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from toolrl_ray.config import RunConfig
 from toolrl_ray.errors import RolloutError, ToolRLError
@@ -69,6 +69,7 @@ class RolloutPool:
         self._starts: dict[Any, tuple[int, float]] = {}  # pending `start` of an actor that is not up -> (actor, asked at)
         self._loaded: set[int] = set()  # up, but not yet given the current weights
         self._missed: deque[int] = deque()  # found dead by `reachable`
+        self._told: set[int] = set()  # of those that are not ready for long, a person knows
         self._restarts_in_a_row = [0] * num_actors
         self.pids: list[int | None] = [None] * num_actors  # of their processes, as far as they are known
         self.num_restarts = 0
@@ -215,11 +216,12 @@ class RolloutPool:
         index, _ = self._starts.pop(ref)
         try:
             self._note(index, ray.get(ref, timeout=TAKE_WAIT_S))
-        except RayActorError as error:
-            return self._lost(index, error)
         except RayTaskError as error:
             return self._lost(index, _start_error(index, error))
+        except RayError as error:  # its process died, or could not be made: no node, no runtime environment, no memory
+            return self._lost(index, error)
         self._loaded.add(index)
+        self._told.discard(index)
 
     def _kill_unresponsive(self) -> None:
         now = time.monotonic()
@@ -228,6 +230,14 @@ class RolloutPool:
             index, asked_at = max(self._starts.values(), key=lambda start: start[1])
             if now - asked_at > start_timeout_s:
                 raise RolloutError(f"RolloutActor {index} did not come up again within {start_timeout_s:g} s (rollout.start_timeout_s)")
+        for index, asked_at in self._starts.values():
+            if now - asked_at > start_timeout_s and index not in self._told:
+                self._told.add(index)
+                log.warning(
+                    "RolloutActor %d is not ready after %.0f s: the cluster has no room for it, or it hangs; the run goes on without it",
+                    index,
+                    now - asked_at,
+                )
         for ref, (index, asked_at) in list(self._takes.items()):
             if now - asked_at > UNRESPONSIVE_S and not ray.wait([ref], timeout=0)[0]:
                 log.warning("RolloutActor %d does not answer for %.0f s: replacing it", index, now - asked_at)

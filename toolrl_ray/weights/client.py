@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError, RayTaskError
 
 from toolrl_ray.errors import LearnerLost, WeightSyncError
+
+GET_S = 10.0  # for an answer that is there
 
 
 class RayWeightClient:
@@ -41,29 +43,37 @@ class RayWeightClient:
 
 
 def wait_all(phase: str, refs: list[Any], timeout_s: float, who: str = "RolloutActor", replace: Sequence[Any] = ()) -> list[Any]:
-    """The results of one phase from all actors. replace: those actors; one that does not answer is killed, for Ray to start it anew.
+    """The results of one phase from all actors. replace: those actors; one that does not answer is killed, for Ray to start it anew, and so
+    is one that fails where others do not: what all fail in is no fault of theirs.
 
     Raises WeightSyncError naming the actor and the phase when one fails, dies or does not answer within `timeout_s`; LearnerLost, saying
     the same, for a LearnerActor that died or does not answer.
     """
     done, late = ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
-    results = [_result(phase, who, i, ref, timeout_s) for i, ref in enumerate(refs) if ref in done]  # the first cause before its effects
-    if late:
-        indices = [i for i, ref in enumerate(refs) if ref in late]
-        for i in indices if replace else []:
-            ray.kill(replace[i], no_restart=False)
+    results, failed = [], {}
+    for i, ref in enumerate(refs):
+        try:
+            if ref in done:
+                results.append(ray.get(ref, timeout=GET_S))
+        except RayError as error:
+            failed[i] = error
+    silent = [i for i, ref in enumerate(refs) if ref in late]
+    alone = [i for i, error in failed.items() if isinstance(error, RayTaskError)] if len(failed) < len(refs) else []
+    for i in [*silent, *alone] if replace else []:
+        ray.kill(replace[i], no_restart=False)
+    if failed:  # the first cause before its effects
+        i, error = next(iter(failed.items()))
+        raise _failure(phase, who, i, error) from error
+    if silent:
         kind = LearnerLost if who == "LearnerActor" else WeightSyncError
-        raise kind(f"weight sync: {who} {indices} did not answer phase {phase} within {timeout_s:g} s (weights.timeout_s)")
+        raise kind(f"weight sync: {who} {silent} did not answer phase {phase} within {timeout_s:g} s (weights.timeout_s)")
     return results
 
 
-def _result(phase: str, who: str, index: int, ref: Any, timeout_s: float) -> Any:
-    try:
-        return ray.get(ref, timeout=timeout_s)
-    except RayError as error:
-        cause = getattr(error, "cause", None) or error
-        if isinstance(cause, WeightSyncError):
-            raise cause from None
-        kind = LearnerLost if who == "LearnerActor" and isinstance(error, RayActorError) else WeightSyncError
-        reason = " ".join(str(cause).split())[:300]
-        raise kind(f"weight sync: {who} {index} failed in phase {phase}: {type(cause).__name__}: {reason}") from error
+def _failure(phase: str, who: str, index: int, error: RayError) -> Exception:
+    cause = getattr(error, "cause", None) or error
+    if isinstance(cause, WeightSyncError):
+        return cause
+    kind = LearnerLost if who == "LearnerActor" and not isinstance(error, RayTaskError) else WeightSyncError
+    reason = " ".join(str(cause).split())[:300]
+    return kind(f"weight sync: {who} {index} failed in phase {phase}: {type(cause).__name__}: {reason}")
