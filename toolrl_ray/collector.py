@@ -11,7 +11,7 @@ from concurrent.futures import Future, wait
 from typing import Protocol, TypeVar
 
 from toolrl_ray.config import RunConfig
-from toolrl_ray.errors import RolloutError, StallError
+from toolrl_ray.errors import LearnerLost, RolloutError, StallError
 from toolrl_ray.evaluation import eval_requests, eval_result, speed
 from toolrl_ray.stream.buffer import Stream
 from toolrl_ray.types import EpisodeRequest, Task, Trajectory
@@ -65,7 +65,7 @@ def evaluate(
 
 
 class Collector:
-    """stall_timeout_s: with no episode finished and no job done for so long, StallError says who waits for whom."""
+    """stall_timeout_s: with no group of episodes complete and no job done for so long, StallError says who waits for whom."""
 
     def __init__(self, rollout: Rollout, stream: Stream, stall_timeout_s: float, say: Callable[[str], None]):
         self._rollout = rollout
@@ -104,11 +104,16 @@ class Collector:
         """The same, of a job that was begun before."""
         self._wait_for(what)
         while not wait([future], timeout=POLL_BESIDE_S).done:
-            self._pump(0)
+            try:
+                self._pump(0)
+            except LearnerLost:  # the run is about to go back to a checkpoint: what the job still writes must come before that
+                wait([future], timeout=self._stall_timeout_s)
+                raise
         return future.result(timeout=0)
 
     def _pump(self, max_wait_s: float) -> None:
         self.idle_s += time.monotonic() - self._polled_at if self._is_idle else 0.0
+        num_completed = self._stream.num_completed
         if admitted := self._stream.admit():
             self._rollout.submit(admitted)
         if late := self._stream.expire():
@@ -116,12 +121,11 @@ class Collector:
         finished = self._rollout.poll(max_wait_s)
         now = time.monotonic()
         self._polled_at, self._is_idle = now, self._rollout.num_outstanding == 0
-        if finished:
+        of_evaluation = {t.request.episode_id: t for t in finished if t.request.episode_id in self._evaluation}
+        self._evaluation |= of_evaluation
+        self._stream.add(t for t in finished if t.request.episode_id not in of_evaluation)
+        if of_evaluation or self._stream.num_completed > num_completed:  # not by episodes of groups that are then dropped as late
             self._moved_at = now
-        for trajectory in finished:
-            if trajectory.request.episode_id in self._evaluation:
-                self._evaluation[trajectory.request.episode_id] = trajectory
-        self._stream.add(t for t in finished if t.request.episode_id not in self._evaluation)
         self._watch(now)
 
     def _wait_for(self, what: str) -> None:

@@ -10,7 +10,7 @@ from tests.unit.scripted_parts import ScriptedParts
 from toolrl_ray import collector as module
 from toolrl_ray.collector import Collector, collect
 from toolrl_ray.config import EvalConfig, StreamConfig
-from toolrl_ray.errors import LearnerError, RolloutError, StallError
+from toolrl_ray.errors import LearnerError, LearnerLost, RolloutError, StallError
 from toolrl_ray.evaluation import eval_requests
 from toolrl_ray.stream.buffer import Stream
 from toolrl_ray.tasks.stream import TaskStream
@@ -93,6 +93,40 @@ def test_a_job_that_never_ends_is_noticed_too() -> None:
     with pytest.raises(StallError, match="waiting for the update"):
         collector(Stalled(), stall_timeout_s=0.05)[0].beside("the update", never.wait)
     never.set()
+
+
+def test_groups_that_are_all_dropped_as_late_are_no_movement() -> None:
+    """One episode of each group finishes in time, so that something is always going on."""
+
+    class OneOfEach(Concurrent):
+        def poll(self, max_wait_s: float):
+            threading.Event().wait(0.005)
+            return [t for t in super().poll(max_wait_s) if t.request.episode_id.endswith(":0")]
+
+    stream = Stream(
+        StreamConfig(group_deadline_s=0.01, group_quorum=2), TaskStream(TASKS, 0), groups_per_batch=2, group_size=3, num_batches=9
+    )
+    with pytest.raises(StallError, match="waiting for the next batch"):
+        Collector(OneOfEach(), stream, 0.2, print).batch()
+    assert stream.metrics()["stream/dropped/group_deadline"] > 2
+
+
+def test_a_job_ends_before_a_lost_learner_is_told_of() -> None:
+    """The run then goes back to a checkpoint, which the job must not write into."""
+
+    class Lost(Concurrent):
+        def poll(self, max_wait_s: float):
+            raise LearnerLost("learner rank 0 died in connect")
+
+    ended: list[bool] = []
+
+    def job() -> None:
+        threading.Event().wait(0.2)
+        ended.append(True)
+
+    with pytest.raises(LearnerLost):
+        collector(Lost())[0].beside("the last checkpoint", job)
+    assert ended
 
 
 def test_a_long_wait_is_told_while_it_lasts(monkeypatch: pytest.MonkeyPatch) -> None:

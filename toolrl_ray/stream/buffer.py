@@ -29,7 +29,7 @@ from itertools import takewhile
 from typing import Any
 
 from toolrl_ray.config import StreamConfig
-from toolrl_ray.errors import StreamError
+from toolrl_ray.errors import StreamError, UserError
 from toolrl_ray.tasks.stream import TaskStream
 from toolrl_ray.types import NO_VERSION, EpisodeRequest, Trajectory
 
@@ -73,6 +73,7 @@ class Stream:
         self._clock = clock
         self.num_handed = 0  # s
         self.loaded_version = 0  # l
+        self.num_completed = 0  # groups whose episodes, or a quorum of them, came in, kept or filtered
         self._next = 0
         self._again: deque[int] = deque()  # numbers below `_next` that are pending: in flight or buffered when a checkpoint was written
         self._groups: dict[int, Group] = {}  # in the order of admission
@@ -114,6 +115,7 @@ class Stream:
         """Nothing is learned from a group of equal rewards: its place goes to another prompt, so that a batch is full of signal.
         Yu et al. 2025 (DAPO, arXiv 2503.14476), dynamic sampling."""
         self._in_flight[group.due] -= 1
+        self.num_completed += 1
         rewards = {trajectory.reward for trajectory in group.finished}
         if self._config.filter_zero_signal and len(rewards) == 1 and self._num_filtered < self._config.max_filtered:
             self._num_filtered += 1
@@ -209,6 +211,7 @@ class Stream:
     def state_dict(self) -> dict[str, Any]:
         """The prompt ledger. What is in flight or buffered will be run again, by the weights that go with this state."""
         return {
+            "tasks": self._tasks.digest(),
             "num_handed": self.num_handed,
             "next": self._next,
             "again": sorted([*self._again, *self._groups]),
@@ -216,6 +219,12 @@ class Stream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises UserError where the tasks are others than those that the state was saved with."""
+        if state.get("tasks", digest := self._tasks.digest()) != digest:
+            raise UserError(
+                "the training tasks are not those that the checkpoint was saved with (task.*): prompts would be skipped or trained on twice; "
+                "bring the files of the tasks back as they were, or start a new run"
+            )
         self.num_handed = self.loaded_version = state["num_handed"]
         self._next = state["next"]
         self._again = deque(state["again"])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
+from dataclasses import astuple
 
 from toolrl_ray.types import Task
 
@@ -17,6 +20,13 @@ class TaskStream:
         self._tasks = tasks
         self._seed = seed
         self._orders: dict[int, list[int]] = {}
+
+    def digest(self) -> str:
+        """Of every task, in order: numbers mean the same prompts only where this is the same."""
+        whole = hashlib.sha256()
+        for task in self._tasks:
+            whole.update(json.dumps(astuple(task)).encode())
+        return whole.hexdigest()
 
     def task(self, number: int) -> Task:
         epoch, position = divmod(number, len(self._tasks))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from toolrl_ray.config import StreamConfig
-from toolrl_ray.errors import StreamError
+from toolrl_ray.errors import StreamError, UserError
 from toolrl_ray.stream.buffer import DropReason, Stream, staleness_steps
 from toolrl_ray.tasks.stream import TaskStream
 from toolrl_ray.types import EpisodeRequest, StopReason, Task, Trajectory
@@ -117,6 +117,14 @@ def test_killed_anywhere_and_resumed_every_prompt_is_trained_exactly_once(data, 
     resumed.finish_run()
     assert sorted(resumed.trained) == list(range(num_batches * batch))
     assert resumed.stream.counts() == {"pending": 0, "in_flight": 0, "buffered": 0, "trained": num_batches * batch, "dropped": 0}
+
+
+def test_a_state_saved_with_other_tasks_is_refused() -> None:
+    """Numbers would mean other prompts: some would be trained on twice, and others never."""
+    state = stream().state_dict()
+    other = Stream(StreamConfig(), TaskStream([*TASKS, Task("t/new", "1+1", "2", "t")], 0), groups_per_batch=1, group_size=1, num_batches=1)
+    with pytest.raises(UserError, match="the training tasks are not those that the checkpoint was saved with"):
+        other.load_state_dict(state)
 
 
 def test_strictly_on_policy_admits_one_batch_and_the_next_only_once_weights_are_loaded() -> None:
