@@ -192,7 +192,8 @@ def _train(options: argparse.Namespace) -> int:
     except BaseException as error:
         if not options.resume:
             run_dirs.release(run_dir)
-        if how := _how_to_go_on(run_dir, options):
+        refused = options.resume and isinstance(error, UserError)  # the same command would be refused again
+        if not refused and (how := _how_to_go_on(run_dir, options)):
             error.add_note(how)
         raise
     finally:
@@ -223,7 +224,8 @@ def _run_folder(options: argparse.Namespace) -> tuple[Any, Path]:
         config = run_dirs.reopen(Path(options.resume), options.overrides)
         return config, Path(config.run_dir)
     config = load(options)
-    return config, run_dirs.claim(config)
+    run_dir = run_dirs.claim(config)
+    return config.model_copy(update={"run_dir": str(run_dir)}), run_dir
 
 
 def _how_to_go_on(run_dir: Path, options: argparse.Namespace) -> str:

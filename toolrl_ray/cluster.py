@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from pathlib import Path
 from typing import Any
 
 from toolrl_ray.config import LearnerConfig, RolloutConfig, RunConfig
@@ -25,6 +26,7 @@ LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
 SEED_STRIDE = 1_000_003  # between the engines of one run: further apart than the seeds of a study
 CONNECT_S = 10.0
 REMOVE_S, REMOVE_POLL_S, END_S = 30.0, 0.2, 1.0
+TOOLS_NOTE = ".tools"  # in a run folder: the name of the run's tools on a cluster that it does not own
 CLOSE_S, CLOSE_LOCAL_S = 60.0, 5.0  # for each of a run's parts to be taken down
 
 
@@ -102,8 +104,8 @@ def ray_parts(config: RunConfig, policy_dir: str, say: Callable[[str], None], *,
     from toolrl_ray.rollout.pool import RolloutPool
     from toolrl_ray.tools.serve_client import join_tools, start_tools
 
+    app_name = config.tools.app or _own_app(config.run_dir if learner else None, say)
     group, rollout_bundles, learner_bundles = reserve(config, say, learner=learner)
-    app_name = config.tools.app or f"toolrl-{uuid.uuid4().hex[:8]}"
     places = [_where(group, bundle, config.rollout) for bundle in rollout_bundles]
     rollout_actors = _rollout_actors(config, policy_dir, app_name, places)
     learner_group = LearnerGroup(config, lambda: _learners(config, policy_dir, group, learner_bundles)) if learner else None
@@ -151,6 +153,21 @@ def ray_parts(config: RunConfig, policy_dir: str, say: Callable[[str], None], *,
         close()
         raise
     return Parts(pool, learner_group, weights, close)
+
+
+def _own_app(run_dir: str | None, say: Callable[[str], None]) -> str:
+    """A new name for the run's tools, noted in its folder. Tools that it left on the cluster when it was killed are removed: Serve's
+    outlive whoever started them, and would hold what the run needs now."""
+    from toolrl_ray.tools.serve_client import stop_tools
+
+    name = f"toolrl-{uuid.uuid4().hex[:8]}"
+    if run_dir and os.environ.get("RAY_ADDRESS"):
+        note = Path(run_dir) / TOOLS_NOTE
+        if note.exists():
+            say("removing the tools that the run had when it was interrupted, if they are still there")
+            stop_tools(note.read_text().strip())
+        note.write_text(name + "\n")
+    return name
 
 
 def own_seed(config: RunConfig, index: int) -> RunConfig:

@@ -67,8 +67,13 @@ def reopen(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(f"--resume {str(run_dir)!r}: the run is under way in {owner}; stop that first")
     try:
         config = _resumed(run_dir, overrides)
-        if finished(run_dir) and config.train.num_steps <= (num_steps := evaluations(run_dir)["after"]["step"]):
-            raise UserError(f"--resume {str(run_dir)!r}: the run is finished; to go on longer set train.num_steps above {num_steps}")
+        if finished(run_dir) and config.train.num_steps <= (num_steps := evaluations(run_dir)["after"].get("step", 0)):
+            remedy = f"to go on longer set train.num_steps above {num_steps}" if committed_steps(run_dir) else "start a new run"
+            raise UserError(f"--resume {str(run_dir)!r}: the run is finished; {remedy}")
+        if _has_trained(run_dir) and not committed_steps(run_dir) and (finished(run_dir) or not config.checkpoint.every_steps):
+            raise UserError(
+                f"--resume {str(run_dir)!r}: the run has no checkpoint to go on from, and starting again would lose its results"
+            )
     except BaseException:
         unlock(run_dir)
         raise
@@ -82,10 +87,13 @@ def finished(run_dir: Path) -> bool:
 
 def release(run_dir: Path) -> None:
     """Remove the folder of a run that ended before its first step, so that the same command can be given again."""
-    metrics = run_dir / "metrics.jsonl"
-    trained = metrics.exists() and metrics.stat().st_size > 0
-    if not trained and not committed_steps(run_dir) and not (run_dir / "policy").exists():
+    if not _has_trained(run_dir) and not committed_steps(run_dir) and not (run_dir / "policy").exists():
         shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def _has_trained(run_dir: Path) -> bool:
+    metrics = run_dir / "metrics.jsonl"
+    return metrics.exists() and metrics.stat().st_size > 0
 
 
 def unlock(run_dir: Path) -> None:
@@ -174,6 +182,9 @@ def _cut(path: Path, step: int) -> None:
 def _evaluations(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "eval.json"
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except ValueError:
+        found = json.loads(path.read_text()) if path.exists() else {}
+        if all(isinstance(result["step"], int) for result in found.values()):
+            return found
+        raise TypeError
+    except (ValueError, AttributeError, KeyError, TypeError):
         raise UserError(f"{path} is damaged; mend it, or remove it and with it the evaluations so far") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 
@@ -72,3 +73,18 @@ def test_engines_on_gpus_have_seeds_of_their_own_and_those_on_cpu_the_runs() -> 
     assert [cluster.own_seed(config, index).seed for index in range(3)] == [3, 3, 3]
     seeds = [cluster.own_seed(on_gpu, index).seed for index in range(3)]
     assert seeds[0] == 3 and len(set(seeds)) == 3
+
+
+def test_a_run_that_goes_on_removes_the_tools_that_it_left_on_a_shared_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped: list[str] = []
+    monkeypatch.setattr("toolrl_ray.tools.serve_client.stop_tools", stopped.append)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    first = cluster._own_app(str(tmp_path), print)
+    assert stopped == []
+    second = cluster._own_app(str(tmp_path), print)  # the driver was killed meanwhile
+    assert stopped == [first] and second != first
+    assert cluster._own_app(None, print) not in (first, second)  # an evaluation
+    assert stopped == [first]
+    monkeypatch.delenv("RAY_ADDRESS")
+    cluster._own_app(str(tmp_path), print)  # a local Ray has died with its driver
+    assert stopped == [first]

@@ -164,9 +164,22 @@ def test_a_finished_run_is_refused_unless_it_is_to_go_on_longer(tmp_path: Path) 
     unlock(run_dir)
     (run_dir / "eval.json").write_text(json.dumps({"before": {"step": 0}, "after": {"step": 6}}))
     assert finished(run_dir)
+    assert "the run is finished; start a new run" in refusal(run_dir)  # there is no checkpoint
+    (run_dir / "checkpoints" / "step-000006").mkdir(parents=True)
     for overrides in ([], ["train.num_steps=6"], ["checkpoint.every_steps=1"]):
         assert "the run is finished; to go on longer set train.num_steps above 6" in refusal(run_dir, *overrides)
     assert reopen(run_dir, ["train.num_steps=7"]).train.num_steps == 7
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_run_without_a_checkpoint_does_not_lose_its_results_by_going_on(tmp_path: Path, is_finished: bool) -> None:
+    run_dir = interrupted(tmp_path / "run", "train.num_steps=6", "checkpoint.every_steps=0")
+    (run_dir / "metrics.jsonl").write_text('{"step": 6}\n')
+    if is_finished:
+        (run_dir / "policy").mkdir()
+        (run_dir / "eval.json").write_text(json.dumps({"after": {"step": 6}}))
+    assert "has no checkpoint to go on from, and starting again would lose its results" in refusal(run_dir, "train.num_steps=9")
+    assert (run_dir / "metrics.jsonl").read_text() == '{"step": 6}\n'
 
 
 FREE = [
@@ -274,6 +287,15 @@ def test_a_file_that_is_damaged_in_the_middle_is_one_line_and_stays_as_it_is(tmp
     with pytest.raises(UserError, match=f"{name}.* is damaged; "):
         truncate_to(tmp_path, 1)
     assert (tmp_path / name).read_text() == content
+
+
+@pytest.mark.parametrize("content", ["null", "[]", '{"after": {}}', '{"after": null}', '{"after": {"step": "6"}}'])
+def test_evaluations_of_another_shape_are_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "eval.json").write_text(content)
+    with pytest.raises(UserError, match="eval.json is damaged; mend it, or remove it"):
+        truncate_to(tmp_path, 1)
+    (tmp_path / "policy").mkdir()
+    assert finished(tmp_path) in (True, False)
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
