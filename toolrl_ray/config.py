@@ -191,7 +191,7 @@ class LearnerConfig(Section):
     critic_lr: float | None = Field(None, gt=0)  # of the value head and of a separate critic; null: lr
     weight_decay: float = Field(0.0, ge=0)
     adam_betas: tuple[float, float] = (0.9, 0.95)
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=True)  # .inf clips nothing
     warmup_steps: int = Field(0, ge=0)  # of the learning rate, in optimiser steps
     max_microbatch_tokens: int = Field(8192, ge=1)
     gradient_checkpointing: bool = False

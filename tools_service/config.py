@@ -1,10 +1,10 @@
 """What a service runs and how large: pydantic models, and the YAML file of `toolrl tools serve --config`.
 
-    names: [SimpleCalculatorTool, Weekday]
-    custom: {Weekday: weekday.py:Weekday}
-    options: {}
-    pools: {Weekday: {min_replicas: 1, max_replicas: 4}}
-    http: {port: 8000}
+names: [SimpleCalculatorTool, Weekday]
+custom: {Weekday: weekday.py:Weekday}
+options: {}
+pools: {Weekday: {min_replicas: 1, max_replicas: 4}}
+http: {port: 8000}
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class ServiceConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class PoolConfig(Section):
