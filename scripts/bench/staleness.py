@@ -3,9 +3,9 @@
 
     .venv/bin/python scripts/bench/staleness.py [--recipe calculator] [--ks 0,1,2] [--latencies 0,0.3] [--seeds 0,1,2] [--goal 0.95]
 
-Runs `toolrl train` again and again, with the same seeds and the same tiny policies, in an order in which every K follows every other, and
-evaluates every `--every-steps` steps. The time is that of training steps alone, up to the first evaluation that reaches the goal. A slow
-tool is the recipe's own, which sleeps before it answers.
+Runs `toolrl train` again and again, with the same seeds and the same tiny policy, in an order in which every K follows every other, and
+evaluates every `--every-steps` steps. The time is that of training alone: the number of steps up to the first evaluation that reaches the
+goal, at the median pace of the steps that no evaluation rode along with. A slow tool is the recipe's own, which sleeps before it answers.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def train(recipe: str, seed: int, k: int, latency_s: float, options: argparse.Na
     with tempfile.TemporaryDirectory() as name:
         run_dir = Path(name) / "run"
         settings = [
-            *(f"seed={seed}", f"bootstrap.seed={seed}", f"stream.max_staleness_steps={k}", f"train.num_steps={options.steps}"),
+            *(f"seed={seed}", f"stream.max_staleness_steps={k}", f"train.num_steps={options.steps}"),
             *(f"eval.every_steps={options.every_steps}", "checkpoint.every_steps=0", "tracking.wandb=off", f"run_dir={run_dir}"),
             *overrides(recipe, latency_s, Path(name)),
         ]
@@ -76,12 +76,14 @@ def train(recipe: str, seed: int, k: int, latency_s: float, options: argparse.Na
         metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         evals = json.loads((run_dir / "eval.json").read_text()).values()
     reached = min((e["step"] for e in evals if e["accuracy"] >= options.goal), default=None)
+    alone = [m for m in metrics if not m["rollout/eval_episodes"]]
+    step_s = statistics.median(m["time/step_s"] for m in alone)
     return {
         "steps": reached or float("nan"),
-        "seconds": sum(m["time/step_s"] for m in metrics[:reached]) if reached else float("nan"),
-        "step_s": statistics.median(m["time/step_s"] for m in metrics),
-        "rollout_idle": statistics.fmean(m["time/rollout_idle_share"] for m in metrics),
-        "learner_idle": statistics.fmean(m["time/learner_idle_share"] for m in metrics),
+        "seconds": reached * step_s if reached else float("nan"),
+        "step_s": step_s,
+        "rollout_idle": statistics.fmean(m["time/rollout_idle_share"] for m in alone),
+        "learner_idle": statistics.fmean(m["time/learner_idle_share"] for m in alone),
     }
 
 
