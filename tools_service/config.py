@@ -1,10 +1,10 @@
 """What a service runs and how large: pydantic models, and the YAML file of `toolrl tools serve --config`.
 
-names: [SimpleCalculatorTool, Weekday]
-custom: {Weekday: weekday.py:Weekday}
-options: {}
-pools: {Weekday: {min_replicas: 1, max_replicas: 4}}
-http: {port: 8000}
+    names: [SimpleCalculatorTool, Weekday]
+    custom: {Weekday: weekday.py:Weekday}
+    options: {}
+    pools: {Weekday: {min_replicas: 1, max_replicas: 4}}
+    http: {port: 8000}
 """
 
 from __future__ import annotations

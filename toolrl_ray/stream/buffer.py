@@ -222,8 +222,8 @@ class Stream:
         """Raises UserError where the tasks are others than those that the state was saved with."""
         if state.get("tasks", digest := self._tasks.digest()) != digest:
             raise UserError(
-                "the training tasks are not those that the checkpoint was saved with (task.*): prompts would be skipped or trained on twice; "
-                "bring the files of the tasks back as they were, or start a new run"
+                "the training tasks are not those that the checkpoint was saved with (task.*), so prompts would be skipped or trained on "
+                "twice; bring the files of the tasks back as they were, or start a new run"
             )
         self.num_handed = self.loaded_version = state["num_handed"]
         self._next = state["next"]
