@@ -1,0 +1,172 @@
+"""The pool of RolloutActors, with actors that misbehave on demand: every episode comes back once, and nothing is waited for without end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections import Counter
+
+import pytest
+import ray
+from learner_synthetic import run_config
+from ray import cloudpickle
+
+from toolrl_ray.errors import RolloutError
+from toolrl_ray.rollout import pool as module
+from toolrl_ray.rollout.assignment import Outcome
+from toolrl_ray.rollout.inbox import Inbox
+from toolrl_ray.rollout.pool import RolloutPool
+from toolrl_ray.types import EpisodeRequest, StopReason, Task, Trajectory
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a worker process cannot import what this file imports
+TASK = Task("t/0", "1+1", "2", "t")
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=100)
+class Actor:
+    """The surface of a RolloutActor that the pool sees, with the real inbox. fate: what befalls its first process in which method;
+    always: every process."""
+
+    def __init__(self, method: str = "", fate: str = "", always: bool = False):
+        restarted = ray.get_runtime_context().was_current_actor_reconstructed
+        self.method, self.fate = (method, fate) if always or not restarted else ("", "")
+        self.inbox = Inbox()
+
+        async def run(request: EpisodeRequest) -> Trajectory:
+            return Trajectory(request, [1, 2], [False, True], [0.0, -1.0], [-1, 0], [], [], StopReason.SUBMITTED, 1, 0.01, reward=1.0)
+
+        self.inbox.run = run
+
+    def _note(self, method: str) -> None:
+        if method == self.method:
+            if self.fate == "hangs":
+                time.sleep(600)
+            if self.fate == "dies":
+                os._exit(1)
+            raise RuntimeError("no such\nmodel")
+
+    async def start(self) -> int:
+        self._note("start")
+        return os.getpid()
+
+    async def submit(self, requests: list[EpisodeRequest], max_in_flight: int) -> None:
+        self._note("submit")
+        self.inbox.submit(requests, max_in_flight)
+
+    async def cancel(self, episode_ids: list[str]) -> None:
+        self.inbox.cancel(episode_ids)
+
+    async def take(self, max_wait_s: float) -> list[Outcome]:
+        self._note("take")
+        return await self.inbox.take(max_wait_s)
+
+    async def stats(self) -> dict[str, float]:
+        return {"calls": 1.0}
+
+
+@pytest.fixture
+def make(cluster):
+    """make(*actors, **rollout settings) -> RolloutPool, whose actors are ended with the test."""
+    made = []
+
+    def make(*actors, **rollout) -> RolloutPool:
+        made.extend(actors)
+        return RolloutPool(run_config(rollout={"num_actors": len(actors), **rollout}), list(actors))
+
+    yield make
+    for actor in made:
+        ray.kill(actor)
+
+
+def requests(count: int) -> list[EpisodeRequest]:
+    return [EpisodeRequest(f"{i}:0", str(i), TASK) for i in range(count)]
+
+
+def polled(pool: RolloutPool, count: int, timeout_s: float = 90) -> Counter[str]:
+    """How often each episode came back, once `count` have."""
+    seen: Counter[str] = Counter()
+    deadline = time.monotonic() + timeout_s
+    while seen.total() < count:
+        assert time.monotonic() < deadline, pool.describe()
+        seen.update(t.request.episode_id for t in pool.poll(0.5))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("fate", "message"),
+    [
+        ("hangs", r"RolloutActor 1 was not ready within 3 s \(rollout.start_timeout_s\)"),
+        ("fails", "RolloutActor 1 could not load its engine: RuntimeError: no such model"),
+    ],
+)
+def test_an_actor_that_does_not_start_is_named(fate, message, make) -> None:
+    pool = make(Actor.remote(), Actor.remote("start", fate, always=True), start_timeout_s=3)
+    with pytest.raises(RolloutError, match=message):
+        pool.start()
+
+
+@pytest.mark.parametrize("fate", ["hangs", "dies"])
+def test_the_episodes_of_an_actor_that_stops_answering_are_run_by_others_and_it_comes_back(fate, make, monkeypatch) -> None:
+    monkeypatch.setattr(module, "UNRESPONSIVE_S", 3.0)
+    pool = make(Actor.remote(), Actor.remote("take", fate), max_in_flight=4)
+    pool.start()
+    pool.submit(requests(40))
+    assert polled(pool, 40) == Counter({f"{i}:0": 1 for i in range(40)})
+    assert pool.num_rerun > 0 and pool.num_outstanding == 0
+    deadline = time.monotonic() + 60
+    while pool.num_restarts == 0 and time.monotonic() < deadline:
+        pool.poll(0.2)
+    assert pool.num_restarts == 1
+    pool.submit(requests(8))
+    assert polled(pool, 8).total() == 8
+
+
+def test_an_actor_that_keeps_dying_is_given_up_and_without_another_the_run_ends(make, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(module, "MAX_RESTARTS_IN_A_ROW", 1)
+    pool = make(Actor.remote(), Actor.remote("take", "dies", always=True), max_in_flight=2, max_tries=9)
+    pool.start()
+    with caplog.at_level(logging.WARNING):
+        pool.submit(requests(12))
+        assert polled(pool, 12).total() == 12
+        deadline = time.monotonic() + 60
+        while "the run goes on without it" not in caplog.text:
+            assert time.monotonic() < deadline
+            pool.submit(more := [EpisodeRequest(f"{time.monotonic_ns()}-{i}:0", "0", TASK) for i in range(12)])
+            polled(pool, len(more))
+    assert "RolloutActor 1 died 1 times in a row" in caplog.text
+    alone = make(Actor.remote("take", "dies", always=True), max_tries=9)
+    alone.start()
+    alone.submit(requests(2))
+    with pytest.raises(RolloutError, match="RolloutActor 0 died 1 times in a row"):
+        polled(alone, 2)
+
+
+def test_what_was_called_off_is_not_handed_back_and_the_same_episodes_can_be_asked_for_again(make) -> None:
+    pool = make(Actor.remote())
+    pool.start()
+    pool.submit(requests(30))
+    pool.poll(0)
+    pool.cancel_all()
+    assert pool.num_outstanding == 0
+    pool.submit(requests(30))
+    assert polled(pool, 30) == Counter({f"{i}:0": 1 for i in range(30)})
+    assert pool.poll(0.5) == []
+
+
+def test_a_late_actor_that_is_not_ready_for_long_is_told_of_once(make, caplog) -> None:
+    pool = make(Actor.remote(), start_timeout_s=5, max_actors=2)
+    pool.start()
+    late = Actor.remote("start", "hangs", always=True)
+    pool.expect([late])
+    try:
+        with caplog.at_level(logging.WARNING):
+            deadline = time.monotonic() + 8
+            while time.monotonic() < deadline:
+                pool.poll(0.5)
+        assert caplog.text.count("RolloutActor 1 is not ready after") == 1
+        pool.submit(requests(5))
+        assert polled(pool, 5).total() == 5
+    finally:
+        ray.kill(late)
