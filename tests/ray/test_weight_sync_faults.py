@@ -15,7 +15,7 @@ import ray
 import torch
 from learner_synthetic import run_config
 from ray import cloudpickle
-from safetensors.torch import load
+from safetensors.numpy import load  # without torch, which takes its processes seconds to import
 
 from toolrl_ray.errors import LearnerLost, WeightSyncError
 from toolrl_ray.learner.actor import LearnerActor
