@@ -11,11 +11,9 @@ from pydantic import Field, field_validator, model_validator
 from tools_service.config import Section
 
 
-def _absolute(spec: str | None) -> str | None:
+def _absolute(path: str) -> str:
     """Files are named absolutely, because the processes that read them have folders of their own."""
-    if spec is None or not ("/" in spec or ".py" in spec or spec.endswith(".jsonl")):
-        return spec
-    return str(Path(os.path.expanduser(spec)).absolute())
+    return str(Path(os.path.expanduser(path)).absolute())
 
 
 class TaskSource(Section):
@@ -24,17 +22,22 @@ class TaskSource(Section):
 
     module: str = "toolrl_ray.tasks.calculator"
     source: Literal["generated", "gsm8k", "triviaqa"] = "generated"
-    path: str | None = None
-    num_train: int = Field(4096, ge=1)
+    path: str | None = Field(None, min_length=1)
+    num_train: int = Field(4096, ge=1)  # of data that is read, at most: all where there are fewer
     num_heldout: int = Field(500, ge=1)
     few_shot: int = Field(0, ge=0, le=4)
     reward: str = Field("reward", min_length=1)  # the function of the module that scores an episode
     seed: int = 0
 
-    @field_validator("module", "path")
+    @field_validator("module")
     @classmethod
-    def _absolute(cls, value: str | None) -> str | None:
-        return _absolute(value)
+    def _file_or_name(cls, value: str) -> str:
+        return _absolute(value) if "/" in value or value.endswith(".py") else value
+
+    @field_validator("path")
+    @classmethod
+    def _absolute_path(cls, value: str | None) -> str | None:
+        return None if value is None else _absolute(value)
 
     @model_validator(mode="after")
     def _path_only_for_files(self) -> TaskSource:
@@ -46,7 +49,7 @@ class TaskSource(Section):
 class TaskPart(TaskSource):
     """One task of several. weight: its share of the tasks, training and held-out alike, beside the weights of the others."""
 
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, gt=0, le=1e9)
 
 
 class TaskConfig(TaskSource):
@@ -56,7 +59,7 @@ class TaskConfig(TaskSource):
 
     @model_validator(mode="after")
     def _parts_or_one(self) -> TaskConfig:
-        for key in ("module", "source", "path", "few_shot", "reward"):
+        for key in ("module", "source", "path", "few_shot", "reward", "seed"):
             if self.parts and (value := getattr(self, key)) != TaskSource.model_fields[key].default:
                 raise ValueError(f"task.{key}={value!r} contradicts task.parts: set it in a part, or take one of them away")
         for name, part in self.parts.items():

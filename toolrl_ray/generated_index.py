@@ -25,17 +25,23 @@ BUILD_TIMEOUT_S = 300.0
 def resolved(config: RunConfig, log: Callable[[str], None]) -> RunConfig:
     """The configuration with the folder of the index in place of `generated`; the index is made when it is not in the cache.
 
-    Raises ConfigError where no task asks about an invented world, UserError where the index cannot be made.
+    Raises ConfigError where no task asks about an invented world, or several ask about different ones, UserError where the index cannot
+    be made.
     """
     options = config.tools.options.get(triviaqa.TOOL, {})
     if options.get("index") != GENERATED:
         return config
     asked = [config.task] if not config.task.parts else list(config.task.parts.values())
-    seeds = [task.seed for task in asked if task.module == triviaqa.__name__ and task.source == "generated"]
+    seeds = sorted({task.seed for task in asked if task.module == triviaqa.__name__ and task.source == "generated"})
     if not seeds:
         raise ConfigError(
             f"tools.options.{triviaqa.TOOL}.index={GENERATED!r} contradicts the task, which asks about no generated world; give the folder "
             "of an index, or set task.source=generated"
+        )
+    if len(seeds) > 1:
+        raise ConfigError(
+            f"the seeds {', '.join(map(str, seeds))} of task.parts contradict tools.options.{triviaqa.TOOL}.index={GENERATED!r}, which is "
+            "of one generated world; give the parts that search one seed"
         )
     own = {**options, "index": str(_ensure(seeds[0], log))}
     tools = config.tools.model_copy(update={"options": {**config.tools.options, triviaqa.TOOL: own}})

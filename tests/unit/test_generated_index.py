@@ -57,6 +57,14 @@ def test_a_part_of_a_mixture_brings_its_world(monkeypatch: pytest.MonkeyPatch) -
     assert mixed.tools.options["Wiki"]["index"] == str(index_of("task.seed=1"))
 
 
+def test_parts_that_ask_about_different_worlds_are_told() -> None:
+    config = recipe.load("triviaqa")
+    parts = {f"people{seed}": {"module": config.task.module, "seed": seed} for seed in (0, 1)}
+    tree = config.model_dump(exclude_unset=True) | {"task": {"parts": parts}}
+    with pytest.raises(ConfigError, match="the seeds 0, 1 of task.parts contradict tools.options.Wiki.index='generated'"):
+        generated_index.resolved(type(config).model_validate(tree), print)
+
+
 def test_a_task_that_asks_about_no_generated_world_is_told() -> None:
     with pytest.raises(ConfigError, match="tools.options.Wiki.index='generated' contradicts the task"):
         index_of("task.source=triviaqa")

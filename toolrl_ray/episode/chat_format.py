@@ -1,7 +1,8 @@
 """Tool calls as chat models are trained for them (Hermes, Qwen): `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`.
 
 A turn ends with the model's end-of-turn token. One with calls is answered, in the order of the calls, by tool messages in the model's own
-chat template; one without is the final answer, and counts as submitted. A turn that did not end by itself is neither.
+chat template; one without is the final answer, and counts as submitted. A turn that did not end by itself is neither. What stands in a
+thought, `<think>...</think>`, is no call, and neither is a `<tool_call>` that prose mentions.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ from tools_service.protocol import ToolError, ToolResult, ToolStatus
 from tools_service.runner import MAX_MESSAGE_CHARS, ToolInfo
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-MARK = re.compile(f"{OPEN}|{CLOSE}")
+THINK, THOUGHT = "<think>", "</think>"
+MARK = re.compile(f"{OPEN}|{CLOSE}|{THOUGHT}")
+# What a call begins with: OPEN before JSON, or where nothing stands before it in its line but thoughts and other calls.
+BEGIN = rf"{OPEN}(?=\s*\{{)|(?:^|(?<={CLOSE})|(?<={THOUGHT}))[ \t]*{OPEN}"
+NEXT = re.compile(rf"{THINK}|{THOUGHT}|{BEGIN}", re.MULTILINE)
 CLOSED = re.compile(rf"\s*{CLOSE}")
 SPACE = re.compile(r"\s*")
 
@@ -67,12 +72,20 @@ class HermesFormat:
         return codec.encode_filled(markup, [one.token_ids if one.was_cut else one.text for one in shown])[1:]
 
     def _calls(self, text: str) -> list[RequestedCall]:
-        calls = []
-        at = text.find(OPEN)
-        while at >= 0:
-            call, end = self._call(text, SPACE.match(text, at + len(OPEN)).end())
-            calls.append(call)
-            at = text.find(OPEN, end)
+        """Those outside of thoughts; one that never closes holds all that follows."""
+        calls: list[RequestedCall] = []
+        at = 0
+        while (mark := NEXT.search(text, at)) is not None:
+            at = mark.end()
+            if mark[0] == THINK:
+                if (end := text.find(THOUGHT, at)) < 0:
+                    break
+                at = end + len(THOUGHT)
+            elif mark[0] == THOUGHT:
+                calls = []  # the template opened it, before the turn began
+            else:
+                call, at = self._call(text, SPACE.match(text, at).end())
+                calls.append(call)
         return calls
 
     def _call(self, text: str, start: int) -> tuple[RequestedCall, int]:
@@ -86,7 +99,7 @@ class HermesFormat:
         except (ValueError, RecursionError) as error:
             problem = f"the call is not JSON: {_reason(error, start)}"
         mark = MARK.search(text, at)
-        if mark is None or mark[0] == OPEN:
+        if mark is None or mark[0] != CLOSE:
             problem = f"{OPEN} without {CLOSE}"
         stop, end = (mark.start(), mark.end() if mark[0] == CLOSE else mark.start()) if mark else (len(text), len(text))
         return _refused("", text[start:stop], problem), end

@@ -18,7 +18,8 @@ from toolrl_ray.errors import ConfigError
 from toolrl_ray.tasks.expressions import generated_expression, normalise
 from toolrl_ray.tasks.files import hub_dataset, json_lines
 from toolrl_ray.tasks.prompts import question
-from toolrl_ray.types import StopReason, Task, Trajectory
+from toolrl_ray.tasks.submission import submission
+from toolrl_ray.types import Task, Trajectory
 from tools_service.calculator import calculate
 from tools_service.protocol import ToolError
 
@@ -41,9 +42,7 @@ def reward(trajectory: Trajectory) -> float:
 
     Only the submitting turn's own text counts, never what a tool wrote.
     """
-    if trajectory.stop_reason is not StopReason.SUBMITTED:
-        return 0.0
-    matches = list(RESULT.finditer(trajectory.final_text))
+    matches = list(RESULT.finditer(submission(trajectory) or ""))
     submitted = _number(matches[-1][1]) if matches else None
     answer = _number(trajectory.request.task.answer)
     if submitted is None or answer is None:
@@ -62,7 +61,8 @@ def _number(text: str) -> float | None:
 def load_tasks(config: TaskConfig) -> tuple[list[Task], list[Task]]:
     """(train, held-out), which never share an expression; a pure function of the settings and the file.
 
-    Raises ConfigError when there are fewer tasks than asked for, or a line of the file is not as it must be.
+    Annotated expressions: task.num_train of them at most, or all that there are. Raises ConfigError when there are fewer held-out or
+    generated ones than asked for, or a line of the file is not as it must be.
     """
     if config.source == "triviaqa":
         raise ConfigError("task.source='triviaqa' is none of this task's; sources: generated, gsm8k")
@@ -103,11 +103,13 @@ def _annotated(config: TaskConfig, rows: Iterator[tuple[str, str, str]]) -> tupl
     for split, expression, result in rows:
         try:
             # A few annotations are wrong or abbreviated: only those whose result the expression has can be asked.
-            if abs(float(calculate(expression)) - float(calculate(result))) >= TOLERANCE:
+            value = calculate(result)
+            if abs(float(calculate(expression)) - float(value)) >= TOLERANCE:
                 continue
         except ToolError:
             continue
-        splits[split].setdefault(normalise(expression), (expression, result))
+        answer = value if _number(result) is None else result  # 54% and 57/200 are no numbers that a reward reads
+        splits[split].setdefault(normalise(expression), (expression, answer))
     heldout = [row for key, row in splits["test"].items() if key not in splits["train"]]
     train = list(splits["train"].values())
     random.Random(f"gsm8k/{config.seed}/train").shuffle(train)

@@ -24,10 +24,12 @@ def json_lines(path: Path, wanted: str) -> Iterator[tuple[int, dict[str, Any]]]:
         raise ConfigError(f"task.path={str(path)!r} is not an .xz file ({error}); {remedy}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"task.path={str(path)!r} is not UTF-8 text; {remedy}") from None
+    if not text.strip():
+        raise ConfigError(f"task.path={str(path)!r} is empty; {remedy}")
     for number, line in enumerate(text.rstrip("\n").split("\n"), start=1):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}:{number}: not a JSON object with {wanted} ({error})") from None
         if not isinstance(row, dict):
             raise ConfigError(f"{path}:{number}: not a JSON object with {wanted}, but {line!r:.100}")

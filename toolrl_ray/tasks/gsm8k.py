@@ -21,8 +21,10 @@ from pathlib import Path
 from toolrl_ray.config import TaskConfig
 from toolrl_ray.errors import ConfigError
 from toolrl_ray.tasks.files import hub_dataset, json_lines
+from toolrl_ray.tasks.submission import submission
 from toolrl_ray.tasks.word_problems import WordProblem, solution, word_problem
-from toolrl_ray.types import StopReason, Task, Trajectory
+from toolrl_ray.types import Task, Trajectory
+from tools_service.adapters import valid_text
 
 TOOL = "PythonInterpreter"
 WANTED = "question, answer (which ends in `#### NUMBER`)"
@@ -84,9 +86,7 @@ def reward(trajectory: Trajectory) -> float:
 
     Only the submitting turn's own text counts, never what a tool wrote.
     """
-    if trajectory.stop_reason is not StopReason.SUBMITTED:
-        return 0.0
-    found = RESULT.findall(trajectory.final_text)
+    found = RESULT.findall(submission(trajectory) or "")
     submitted = amount(found[-1]) if found else None
     answer = amount(trajectory.request.task.answer)
     if submitted is None or answer is None:
@@ -113,7 +113,8 @@ def load_tasks(config: TaskConfig) -> tuple[list[Task], list[Task]]:
     """(train, held-out), which never share a problem; a pure function of the settings and the files.
 
     source generated: templated problems. gsm8k: with its published splits, from the Hub's openai/gsm8k or the folder task.path, which
-    holds train.jsonl and test.jsonl. Raises ConfigError when there are fewer tasks than asked for, or a line is not as it must be.
+    holds train.jsonl and test.jsonl; task.num_train of them at most, or all that there are. Raises ConfigError when there are fewer
+    held-out or generated ones than asked for, or a line is not as it must be.
     """
     if config.source == "triviaqa":
         raise ConfigError("task.source='triviaqa' is none of this task's; sources: generated, gsm8k")
@@ -176,7 +177,7 @@ def _rows_of_folder(folder: Path) -> Iterator[tuple[str, str, str]]:
         for number, row in json_lines(path, WANTED):
             if not isinstance(row.get("question"), str) or not isinstance(row.get("answer"), str):
                 raise ConfigError(f"{path}:{number}: not a JSON object with {WANTED}, but {row!r:.100}")
-            yield split, row["question"], _final(row["answer"], f"{path}:{number}")
+            yield split, valid_text(row["question"]), _final(row["answer"], f"{path}:{number}")
 
 
 def _rows_of_hub() -> Iterator[tuple[str, str, str]]:

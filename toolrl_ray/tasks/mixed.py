@@ -23,21 +23,24 @@ class Mixed:
         self._parts = {name: (part, load(part)) for name, part in config.parts.items()}
 
     def load_tasks(self, config: TaskConfig) -> tuple[list[Task], list[Task]]:
-        """Every part's tasks; together num_train and num_heldout. Raises ConfigError when a part has fewer than its share."""
+        """Every part's tasks; together num_train and num_heldout. The held-out ones come in turn, since an evaluation may take but the
+        first of them. Raises ConfigError when a part has fewer than its share."""
         train_counts, heldout_counts = shares(config.num_train, config.parts), shares(config.num_heldout, config.parts)
         train: list[Task] = []
-        heldout: list[Task] = []
+        heldout: list[list[Task]] = []
         for name, (part, module) in self._parts.items():
             counts = {"num_train": train_counts[name], "num_heldout": heldout_counts[name]}
             loaded = module.load_tasks(TaskConfig(**part.model_dump(exclude={"weight", *counts}) | counts))
-            for tasks, all_tasks, key in zip(loaded, (train, heldout), counts, strict=True):
+            for tasks, key in zip(loaded, counts, strict=True):
                 if len(tasks) < counts[key]:
                     raise ConfigError(
                         f"task.parts.{name} has {len(tasks)} tasks, and its share of task.{key}={getattr(config, key)} is {counts[key]}; "
                         f"lower task.{key} or task.parts.{name}.weight={part.weight:g}"
                     )
-                all_tasks += [replace(task, id=f"{name}/{task.id}", source=name) for task in tasks[: counts[key]]]
-        return train, heldout
+            own = [[replace(task, id=f"{name}/{task.id}", source=name) for task in tasks] for tasks in loaded]
+            train += own[0][: counts["num_train"]]
+            heldout.append(own[1][: counts["num_heldout"]])
+        return train, interleaved(heldout)
 
     def render_prompt(self, task: Task, few_shot: int) -> str:
         """few_shot is the part's own."""
@@ -46,6 +49,12 @@ class Mixed:
 
     def reward(self, trajectory: Trajectory) -> float:
         return self._parts[trajectory.request.task.source][1].reward(trajectory)
+
+
+def interleaved(lists: list[list[Task]]) -> list[Task]:
+    """All of them, each list in its order: every prefix holds each list in about its share."""
+    placed = [((i + 0.5) / len(tasks), task) for tasks in lists for i, task in enumerate(tasks)]
+    return [task for _, task in sorted(placed, key=lambda one: one[0])]
 
 
 def shares(total: int, parts: dict[str, TaskPart]) -> dict[str, int]:

@@ -22,13 +22,15 @@ from toolrl_ray.config import TaskConfig
 from toolrl_ray.errors import ConfigError
 from toolrl_ray.tasks import facts
 from toolrl_ray.tasks.files import hub_dataset, json_lines
-from toolrl_ray.types import StopReason, Task, Trajectory
+from toolrl_ray.tasks.submission import submission
+from toolrl_ray.types import Task, Trajectory
+from tools_service.adapters import valid_text
 
 TOOL = "Wiki"
 WANTED = "question and answers (a list of texts)"
 HELDOUT_SHARE = 8  # one person, or one question of a file without published splits, in so many is held out
 TRAIN_SPLITS, HELDOUT_SPLITS = ("train",), ("validation", "dev", "test")
-RESULT = re.compile(r"Result=([^<>]*)(?:<submit>|$)")
+RESULT = re.compile(r"Result=((?:(?!Result=|<submit>).)*)(?:<submit>|$)", re.DOTALL)
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = string.punctuation + "‘’´"
 
@@ -83,18 +85,14 @@ def reward(trajectory: Trajectory) -> float:
 
     Both normalised as TriviaQA does. Only the submitting turn's own text counts, never what a tool wrote.
     """
-    if trajectory.stop_reason is not StopReason.SUBMITTED:
-        return 0.0
-    found = RESULT.findall(trajectory.final_text)
+    found = RESULT.findall(submission(trajectory) or "")
     return answered(found[-1], trajectory.request.task) if found else 0.0
 
 
 def first_20_words(trajectory: Trajectory) -> float:
     """For `task.reward=first_20_words`, ToolFormer's measure (Schick et al. 2023, arXiv:2302.04761, section 4.2.3): one of the answers
     stands in the first 20 words of what the policy submitted, with `Result=` before it or not. What was not submitted earns nothing."""
-    if trajectory.stop_reason is not StopReason.SUBMITTED:
-        return 0.0
-    words = trajectory.final_text.partition("<submit>")[0].rpartition("Result=")[2].split()
+    words = (submission(trajectory) or "").partition("<submit>")[0].rpartition("Result=")[2].split()
     return answered(" ".join(words[:20]), trajectory.request.task)
 
 
@@ -115,7 +113,8 @@ def load_tasks(config: TaskConfig) -> tuple[list[Task], list[Task]]:
     source generated: about the people of facts.world(seed); a person is in one of the two. triviaqa: from the Hub's
     mandarjoshi/trivia_qa with its published splits, or the JSON-lines file task.path (.xz or not), whose rows may name their split:
     train, or validation, dev or test. Those that name none of these are shared out by the question's hash, one in HELDOUT_SHARE held out.
-    Raises ConfigError when there are fewer tasks than asked for, or a line of the file is not as it must be.
+    Questions without an answer that could be found are left out. Training tasks are task.num_train at most, or all that there are.
+    Raises ConfigError when there are fewer held-out tasks than asked for, or a line of the file is not as it must be.
     """
     if config.source == "gsm8k":
         raise ConfigError("task.source='gsm8k' is none of this task's; sources: generated, triviaqa")
@@ -126,12 +125,13 @@ def load_tasks(config: TaskConfig) -> tuple[list[Task], list[Task]]:
     for task, is_heldout in _generated(config.seed) if config.source == "generated" else _published(config):
         (heldout if is_heldout else train).setdefault(normalise(task.prompt), task)
     kept = {False: list(train.values()), True: [task for question, task in heldout.items() if question not in train]}
-    for is_heldout, wanted in ((False, 1), (True, config.num_heldout)):
-        random.Random(f"triviaqa/{config.seed}/{is_heldout}").shuffle(kept[is_heldout])
-        if len(kept[is_heldout]) < wanted:
-            key = "num_heldout" if is_heldout else "num_train"
-            where = config.path or ("the generated world" if config.source == "generated" else "mandarjoshi/trivia_qa")
-            raise ConfigError(f"task.{key}={getattr(config, key)}, but {where} has {len(kept[is_heldout])}; set it lower")
+    for is_heldout, tasks in kept.items():
+        random.Random(f"triviaqa/{config.seed}/{is_heldout}").shuffle(tasks)
+    where = config.path or ("the generated world" if config.source == "generated" else "mandarjoshi/trivia_qa")
+    if not kept[False]:
+        raise ConfigError(f"{where} has no training question with an answer that can be found; give some")
+    if len(kept[True]) < config.num_heldout:
+        raise ConfigError(f"task.num_heldout={config.num_heldout}, but {where} has {len(kept[True])}; set it lower")
     return kept[False][: config.num_train], kept[True][: config.num_heldout]
 
 
@@ -154,7 +154,8 @@ def _published(config: TaskConfig) -> Iterator[tuple[Task, bool]]:
             is_heldout = split in HELDOUT_SPLITS
         else:
             is_heldout = held_out(normalise(question))
-        yield Task(f"triviaqa/{where}", question, answers[0], "triviaqa", tuple(answers[1:])), is_heldout
+        if any(map(normalise, answers)):  # else, as for the answer "A", nothing is left to find
+            yield Task(f"triviaqa/{where}", question, answers[0], "triviaqa", tuple(answers[1:])), is_heldout
 
 
 def _rows_of_file(path: Path) -> Iterator[tuple[str, str, str, list[str]]]:
@@ -162,7 +163,7 @@ def _rows_of_file(path: Path) -> Iterator[tuple[str, str, str, list[str]]]:
         question, answers = row.get("question"), row.get("answers")
         if not isinstance(question, str) or not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
             raise ConfigError(f"{path}:{number}: not a JSON object with {WANTED}, but {row!r:.100}")
-        yield str(number), str(row.get("split", "")), question, answers
+        yield str(number), str(row.get("split", "")), valid_text(question), list(map(valid_text, answers))
 
 
 def _rows_of_hub() -> Iterator[tuple[str, str, str, list[str]]]:

@@ -96,6 +96,39 @@ def test_a_wrong_call_takes_no_other_call_of_its_turn_with_it(bad: str) -> None:
     assert [one.refused is None for one in calls] == [True, False, True]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"<think>\nI might send {ECHO}, but need not.\n</think>\n\nResult=5",
+        f"I might send {ECHO}, but need not.\n</think>\n\nResult=5",  # where the template opens the thought
+        "<think>\nNo <tool_call> is needed, or\n<tool_call>\nat most one.\n</think>\n\nResult=5",
+        "I will not send <tool_call>{.\n</think>\nResult=5",
+        f"<think>\nI send\n{ECHO}",
+        f"<think>a</think>b {ECHO}</think>c",
+        "A call begins with `<tool_call>` and ends with `</tool_call>`. Result=5",
+    ],
+)
+def test_what_a_thought_or_prose_mentions_is_no_call(text: str) -> None:
+    parsed = parse(text)
+    assert (parsed.kind, parsed.end, parsed.calls) == (TurnKind.SUBMIT, len(text), ())
+
+
+@pytest.mark.parametrize(
+    ("text", "tools"),
+    [
+        (f"<think>\nNot {ADD}.\n</think>\n\n{ECHO}", ["Echo"]),
+        (f"Not {ADD}.\n</think>\n\n{ECHO}", ["Echo"]),
+        (f"I send a <tool_call> now: {ECHO}", ["Echo"]),
+        (f"<think>a</think>{ECHO}<think>b</think>{ADD}", ["Echo", "Add"]),
+        (call("Echo", '{"argument": "</think> <think>"}') + ADD, ["Echo", "Add"]),
+        ("<think>a</think><tool_call>\nEcho('hi')\n</tool_call>", [""]),
+        (f"Not <tool_call>{{\n</think>{ECHO}", ["Echo"]),
+    ],
+)
+def test_calls_behind_a_thought_are_calls(text: str, tools: list[str]) -> None:
+    assert [one.tool for one in parse(text).calls] == tools
+
+
 @pytest.mark.parametrize("text", ["It is 3.", "", "</tool_call>", "<tool_cal", "Result=1<submit>"])
 def test_a_turn_without_a_call_that_ended_is_the_answer(text: str) -> None:
     parsed = parse(text)
@@ -113,13 +146,26 @@ def test_the_end_of_turn_written_in_plain_characters_ends_nothing() -> None:
     assert FORMAT.parse(text, CODEC.encode(text)).kind is TurnKind.PLAIN
 
 
-PIECES = ["<tool_call>", "</tool_call>", '{"name": "Echo", ', '"arguments": {"argument": "a"}}', "{", "}", '"', "\\", "\n", "1"]
+PIECES = [
+    "<tool_call>",
+    "</tool_call>",
+    "<think>",
+    "</think>",
+    '{"name": "Echo", ',
+    '"arguments": {"argument": "a"}}',
+    "{",
+    "}",
+    '"',
+    "\\",
+    "\n",
+    "1",
+]
 
 
 @given(st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=3)), max_size=20).map("".join))
 @settings(max_examples=300, deadline=None)
 def test_parsing_never_fails_and_calls_have_a_problem_or_a_tool(text: str) -> None:
     parsed = parse(text)
-    assert (parsed.kind is TurnKind.CALL) == ("<tool_call>" in text)
+    assert (parsed.kind is TurnKind.CALL) == bool(parsed.calls)
     assert all(one.tool or one.refused for one in parsed.calls)
     assert len(parsed.calls) <= text.count("<tool_call>")

@@ -214,6 +214,12 @@ def test_gsm8k_splits_share_no_expression_and_every_answer_can_be_reached(gsm8k_
     assert load_tasks(config) == (train, heldout)
 
 
+@pytest.mark.parametrize(("expression", "result"), [("108/200", "54%"), (".95*.3", "57/200")])
+def test_the_answer_of_every_annotation_is_a_number_that_the_reward_reads(tmp_path: Path, expression: str, result: str) -> None:
+    _, [task] = load_tasks(annotations(tmp_path, line("1+1", "2", "train"), line(expression, result, "test")))
+    assert policy_said(f"Result={calculate(expression)}<submit>", task.answer) == 1.0
+
+
 def test_a_source_of_another_task_is_refused() -> None:
     with pytest.raises(ConfigError, match="sources: generated, gsm8k"):
         load_tasks(TaskConfig(source="triviaqa"))

@@ -5,6 +5,7 @@ import io
 import json
 import random
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hypothesis import given
@@ -15,7 +16,7 @@ from toolrl_ray.bootstrap import gsm8k as bootstrap
 from toolrl_ray.bootstrap.tokenizer import make_tokenizer
 from toolrl_ray.config import TaskConfig
 from toolrl_ray.errors import ConfigError
-from toolrl_ray.tasks import gsm8k, word_problems
+from toolrl_ray.tasks import calculator, gsm8k, triviaqa, word_problems
 from toolrl_ray.tasks.gsm8k import amount, load_tasks
 from toolrl_ray.types import EpisodeRequest, Segment, SegmentKind, StopReason, Task, Trajectory
 
@@ -90,6 +91,20 @@ def test_every_whole_number_is_read_in_every_form(number: int, form: str) -> Non
 )
 def test_reward_is_for_the_submitted_number(text: str, reward: float) -> None:
     assert gsm8k.reward(finished("1,200", text)) == reward
+
+
+@pytest.mark.parametrize("module", [calculator, gsm8k, triviaqa])
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        ("<think>\nResult=7? No.\n</think>\n\nResult=8", 1.0),
+        ("<think>\nResult=8? No.\n</think>\n\nResult=7", 0.0),
+        ("<think>\nResult=8\n</think>\n\nI do not know.", 0.0),
+        ("Result=8<submit>?\n</think>\n\nI do not know.", 0.0),
+    ],
+)
+def test_what_a_thought_says_earns_nothing(module: ModuleType, text: str, reward: float) -> None:
+    assert module.reward(finished("8", text)) == reward
 
 
 def test_what_was_not_submitted_earns_nothing() -> None:

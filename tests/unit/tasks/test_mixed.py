@@ -55,6 +55,14 @@ def test_tasks_come_by_weight_and_bear_the_name_of_their_part(colours: str) -> N
     assert {task.id.split("/")[0] for task in train} == {"sums", "colours"}
 
 
+def test_whatever_number_of_held_out_tasks_comes_first_holds_every_part_in_its_share(colours: str) -> None:
+    config = mixed(colours).model_copy(update={"num_heldout": 80})
+    heldout = load_tasks(config)[1]
+    for count in range(1, 81):
+        assert abs(sum(task.source == "colours" for task in heldout[:count]) - count / 4) <= 1
+    assert load_tasks(config)[1] == heldout
+
+
 def test_prompt_and_reward_are_the_parts_own(colours: str) -> None:
     config = mixed(colours)
     module = task_module(config)
@@ -78,6 +86,9 @@ def test_a_part_with_fewer_tasks_than_its_share_is_named(colours: str) -> None:
         ({"source": "gsm8k", "parts": {"a": {}}}, "task.source='gsm8k' contradicts task.parts"),
         ({"parts": {"a": {"num_train": 3}}}, "task.parts.a.num_train=3 contradicts task.num_train"),
         ({"parts": {"a": {"weight": 0}}}, "greater than 0"),
+        ({"parts": {"a": {"weight": float("inf")}}}, "should be a finite number"),
+        ({"parts": {"a": {"weight": 1e308}}}, "less than or equal to 1"),
+        ({"seed": 5, "parts": {"a": {}}}, "task.seed=5 contradicts task.parts: set it in a part"),
     ],
 )
 def test_what_contradicts_parts_is_refused(tree: dict, message: str) -> None:

@@ -58,3 +58,15 @@ def test_task_reward_names_the_function_that_scores(tmp_path: Path) -> None:
     assert task_module(config.model_copy(update={"reward": "half"})).reward(None) == 0.5
     with pytest.raises(ConfigError, match="my_task.py' lacks quarter$"):
         task_module(config.model_copy(update={"reward": "quarter"}))
+
+
+@pytest.mark.parametrize("path", ["q.jsonl", "q.jsonl.xz", "q.json", "gsm8k", "./gsm8k", "~/q.json"])
+def test_data_is_named_absolutely_however_it_is_written(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert TaskConfig(source="gsm8k", path=path).path == str(tmp_path / path.removeprefix("~/").removeprefix("./"))
+
+
+@pytest.mark.parametrize(("module", "is_file"), [("my_task.py", True), ("tasks/my_task.py", True), ("my.pyramids", False), ("json", False)])
+def test_a_module_in_a_file_is_named_absolutely_and_one_by_name_is_not(module: str, is_file: bool) -> None:
+    assert TaskConfig(module=module).module == (str(Path(module).absolute()) if is_file else module)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import lzma
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,10 +39,23 @@ def finished(text: str, reason: StopReason = StopReason.SUBMITTED) -> Trajectory
         ("Result=Shakespeare<submit> Result=Marlowe<submit>", 0.0),
         ("Result=<submit>", 0.0),
         ("Shakespeare<submit>", 0.0),
+        ("Result=<b>Shakespeare</b> (> Marlowe)", 1.0),
+        ("Result=Shakespeare Result=Marlowe", 0.0),
     ],
 )
 def test_an_alias_in_the_submitted_answer_counts_and_nothing_else(text: str, reward: float) -> None:
     assert triviaqa.reward(finished(text)) == reward
+
+
+@pytest.mark.parametrize("answer", [">500 Da", "a<b", "x -> y"])
+def test_an_answer_with_signs_of_the_syntax_can_be_given(answer: str) -> None:
+    trajectory = finished(f"\nResult={answer}<submit>")
+    assert triviaqa.reward(replace(trajectory, request=EpisodeRequest("1", "1", Task("1", "?", answer, "triviaqa")))) == 1.0
+
+
+def test_the_first_words_are_those_behind_a_thought() -> None:
+    assert triviaqa.first_20_words(finished("<think>\nShakespeare?\n</think>\n\nMarlowe")) == 0.0
+    assert triviaqa.first_20_words(finished("<think>\n" + "word " * 20 + "\n</think>\n\nShakespeare")) == 1.0
 
 
 def test_text_that_was_not_submitted_earns_nothing_by_either_measure() -> None:
@@ -101,6 +115,12 @@ def test_more_questions_than_there_are_is_one_line() -> None:
         load_tasks(CONFIG.model_copy(update={"num_heldout": 5000}))
 
 
+def test_a_file_without_a_training_question_is_one_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "q.jsonl", [{"question": "Which band?", "answers": ["The The"], "split": "train"}])
+    with pytest.raises(ConfigError, match=r"q.jsonl has no training question with an answer that can be found"):
+        load_tasks(TaskConfig(source="triviaqa", path=str(path), num_heldout=1))
+
+
 def test_a_source_of_another_task_is_refused() -> None:
     with pytest.raises(ConfigError, match="sources: generated, triviaqa"):
         load_tasks(CONFIG.model_copy(update={"source": "gsm8k"}))
@@ -119,15 +139,32 @@ def write(path: Path, rows: list[object]) -> Path:
 
 @pytest.mark.parametrize("name", ["questions.jsonl", "questions.jsonl.xz"])
 def test_a_file_keeps_its_splits_and_shares_out_rows_without_one(tmp_path: Path, name: str) -> None:
-    rows = [{"question": f"q{i}", "answers": ["a", "b"], "split": "train" if i < 5 else "dev"} for i in range(10)]
-    path = write(tmp_path / name, [*rows, {"question": "The q1?", "answers": ["a"], "split": "dev"}])
+    rows = [{"question": f"q{i}", "answers": ["x", "b"], "split": "train" if i < 5 else "dev"} for i in range(10)]
+    path = write(tmp_path / name, [*rows, {"question": "The q1?", "answers": ["x"], "split": "dev"}])
     train, heldout = load_tasks(TaskConfig(source="triviaqa", path=str(path), num_heldout=5))
     assert {task.prompt for task in train} == {f"q{i}" for i in range(5)}
     assert {task.prompt for task in heldout} == {f"q{i}" for i in range(5, 10)}
     assert train[0].aliases == ("b",)
-    write(path, [{"question": f"question {i}", "answers": ["a"]} for i in range(400)])
+    write(path, [{"question": f"question {i}", "answers": ["x"]} for i in range(400)])
     train, heldout = load_tasks(TaskConfig(source="triviaqa", path=str(path), num_heldout=20))
     assert 20 == len(heldout) and len(train) > 300
+
+
+def test_a_question_without_an_answer_that_can_be_found_is_left_out_and_half_characters_are_replaced(tmp_path: Path) -> None:
+    answers = {"Which band?": ["The The"], "Which letter?": ["A", ""], "Which \ud800?": ["The", "Who"]}
+    rows = [{"question": question, "answers": given, "split": "train"} for question, given in answers.items()]
+    path = write(tmp_path / "q.jsonl", [*rows, {"question": "q", "answers": ["a1"], "split": "dev"}])
+    train, _ = load_tasks(TaskConfig(source="triviaqa", path=str(path), num_heldout=1))
+    assert [(task.prompt, task.aliases) for task in train] == [("Which \ufffd?", ("Who",))]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("", "q.jsonl' is empty; give a"), ("\n", "is empty"), ("[" * 100_000, r":1: not a JSON object")]
+)
+def test_a_file_without_rows_and_one_nested_too_deeply_are_one_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "q.jsonl").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_tasks(TaskConfig(source="triviaqa", path=str(tmp_path / "q.jsonl"), num_heldout=1))
 
 
 @pytest.mark.parametrize(
