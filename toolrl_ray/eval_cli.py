@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from toolrl_ray.errors import UserError
+from toolrl_ray.types import Trajectory
 
 DEFAULT_SAMPLES = 4  # per task, where eval.num_samples is null
 
@@ -57,27 +58,50 @@ def evaluate_policy(options: argparse.Namespace) -> int:
         return evaluate(config, parts.rollout, heldout, "eval", num_samples=num_samples, without_tools=not options.no_baseline)
 
     result, trajectories = with_parts(config, options, False, use)
-    if options.transcripts:
+    print(f"\n{render(result)}", flush=True)  # first: a file that cannot be written costs no more than itself
+    about = {"recipe": config.recipe, "policy": config.policy.path, "seed": config.seed}
+    if num_samples:
+        about["sampled/temperature"] = config.eval.temperature
+    _save(options, about | result, trajectories)
+    return 0
+
+
+def _save(options: argparse.Namespace, result: dict[str, Any], trajectories: list[Trajectory]) -> None:
+    """Writes what can be written. Raises UserError for what cannot."""
+
+    def write_json(path: str) -> None:
+        aside = Path(f"{path}.writing")
+        aside.write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(aside, path)
+
+    def write_transcripts(path: str) -> None:
         from toolrl_ray.tracking.trajectories import TrajectoryWriter
 
-        with closing(TrajectoryWriter(Path(options.transcripts))) as writer:
+        with closing(TrajectoryWriter(Path(path))) as writer:
             writer.write(0, trajectories)
-    if options.json:
-        about = {"recipe": config.recipe, "policy": config.policy.path, "seed": config.seed}
-        if num_samples:
-            about["sampled/temperature"] = config.eval.temperature
-        aside = Path(f"{options.json}.writing")
-        aside.write_text(json.dumps(about | result, indent=1) + "\n")
-        os.replace(aside, options.json)
-    print(f"\n{render(result)}", flush=True)
-    return 0
+
+    failed = []
+    for option, path, write in (("--json", options.json, write_json), ("--transcripts", options.transcripts, write_transcripts)):
+        try:
+            if path:
+                write(path)
+        except OSError as error:
+            failed.append(f"{option}={path!r} cannot be written ({error.strerror})")
+    if failed:
+        raise UserError(f"{'; '.join(failed)}; the evaluation is done, its table stands above")
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
     """Before anything starts. Raises UserError."""
     for option, path in (("--json", options.json), ("--transcripts", options.transcripts)):
-        if path and not Path(path).absolute().parent.is_dir():
-            raise UserError(f"{option}={path!r}: no folder {str(Path(path).absolute().parent)!r}; make it first")
+        if not path:
+            continue
+        parent = Path(path).absolute().parent
+        if not parent.is_dir():
+            raise UserError(f"{option}={path!r}: no folder {str(parent)!r}; make it first")
+        folder = Path(path) if option == "--transcripts" and Path(path).is_dir() else parent
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"{option}={path!r}: the folder {str(folder)!r} cannot be written; name another")
     if options.json and Path(options.json).is_dir():
         raise UserError(f"--json={options.json!r} is a folder; name a file in it")
     if options.transcripts:

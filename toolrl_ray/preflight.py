@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from toolrl_ray.config import RunConfig
+from toolrl_ray.episode.codec import HFCodec
 from toolrl_ray.errors import ConfigError, MissingDependency
 from toolrl_ray.types import Task
 from tools_service.runner import ToolInfo
@@ -14,7 +15,8 @@ from tools_service.runner import ToolInfo
 STACK = frozenset(
     {"torch", "transformers", "tokenizers", "safetensors", "ray", "vllm", "deepspeed", "numpy", "psutil", "httpx", "fastapi", "mcp", "peft"}
 )
-NUM_PROMPTS = 4  # of each split, that are measured
+SEARCH = "Wiki"
+NUM_PROMPTS = 4  # of each split and source, that are measured
 
 
 def check(config: RunConfig, *, in_process: bool, learner: bool) -> None:
@@ -24,10 +26,11 @@ def check(config: RunConfig, *, in_process: bool, learner: bool) -> None:
 
     check_packages(config, in_process=in_process, learner=learner)
     tool_factories(config.tools)
+    check_index(config, in_process=in_process)
     train, heldout = load_tasks(config.task)
     if config.policy.path != "tiny":
         check_context(config)
-        check_prompts(config, [*train[:NUM_PROMPTS], *heldout[:NUM_PROMPTS]])
+    check_prompts(config, [*_first_of_each(train), *_first_of_each(heldout)])
 
 
 def check_packages(config: RunConfig, *, in_process: bool, learner: bool) -> None:
@@ -46,6 +49,21 @@ def check_packages(config: RunConfig, *, in_process: bool, learner: bool) -> Non
 
 def not_installed(package: str) -> MissingDependency:
     return MissingDependency(f"{package} is not installed; pip install -e '.[cpu]', or with GPUs pip install -e '.[gpu]'")
+
+
+def check_index(config: RunConfig, *, in_process: bool) -> None:
+    """The folder of the search tool's index is one. On a cluster that is up (RAY_ADDRESS), its nodes have it; a name without a folder,
+    `generated` among them, is looked up when the tool starts."""
+    from tools_service.search.corpus import SearchError
+    from tools_service.search.searcher import local_folder
+
+    tools = config.tools
+    if tools.app is not None or SEARCH not in tools.names or SEARCH in tools.custom or (os.environ.get("RAY_ADDRESS") and not in_process):
+        return
+    try:
+        local_folder(str(tools.options[SEARCH]["index"]))
+    except SearchError as error:
+        raise ConfigError(f"tools.options.{SEARCH}.index: {error}") from None
 
 
 def check_context(config: RunConfig) -> None:
@@ -70,22 +88,44 @@ def max_positions(hf_config: Any) -> int | None:
     return longest
 
 
+def _first_of_each(tasks: list[Task]) -> list[Task]:
+    found: dict[str, list[Task]] = {}
+    for task in tasks:
+        if len(own := found.setdefault(task.source, [])) < NUM_PROMPTS:
+            own.append(task)
+    return [task for own in found.values() for task in own]
+
+
 def check_prompts(config: RunConfig, tasks: list[Task]) -> None:
     """The first prompts leave room for an answer, and a chat template can be followed; the tools' own descriptions are not known yet.
 
-    For a policy in a folder: a Hub name's tokenizer would be a download, which only a chat template is worth.
+    For the tiny policy and one in a folder: a Hub name's tokenizer would be a download, which only a chat template is worth.
     """
-    if not os.path.isdir(config.policy.path) and config.episode.call_format == "text":
+    if config.policy.path != "tiny" and not os.path.isdir(config.policy.path) and config.episode.call_format == "text":
         return
-    from toolrl_ray.rollout.load import load_codec, make_call_format
+    from toolrl_ray.rollout.load import make_call_format
     from toolrl_ray.tasks.module import task_module
 
-    codec, render_prompt = load_codec(config.policy.path), task_module(config.task).render_prompt
+    codec, render_prompt = _codec(config), task_module(config.task).render_prompt
     call_format = make_call_format(config, codec, {name: ToolInfo(name, "", True) for name in config.tools.names})
     for task in tasks:
         num_tokens = len(call_format.prompt(codec, render_prompt(task, config.task.few_shot))[0])
         if num_tokens >= config.episode.max_context_tokens:
+            part = config.task.parts.get(task.source)
+            few_shot = f"task.parts.{task.source}.few_shot={part.few_shot}" if part else f"task.few_shot={config.task.few_shot}"
             raise ConfigError(
                 f"episode.max_context_tokens={config.episode.max_context_tokens} leaves no room after the prompt of task {task.id!r} "
-                f"({num_tokens} tokens, task.few_shot={config.task.few_shot}); set episode.max_context_tokens higher"
+                f"({num_tokens} tokens, {few_shot}); set episode.max_context_tokens higher"
             )
+
+
+def _codec(config: RunConfig) -> HFCodec:
+    """The policy's, or the one that the tiny policy will have."""
+    if config.policy.path != "tiny":
+        from toolrl_ray.rollout.load import load_codec
+
+        return load_codec(config.policy.path)
+    from toolrl_ray.bootstrap.build import demonstrations_of
+    from toolrl_ray.bootstrap.tokenizer import make_tokenizer
+
+    return HFCodec(make_tokenizer(config.bootstrap.max_context_tokens, demonstrations_of(config).PIECES))

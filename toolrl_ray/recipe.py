@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,24 @@ RECIPES = Path(__file__).parent / "recipes"
 EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
+class _Loader(yaml.SafeLoader):
+    """Without dates: no key holds one, and a folder may be named like one."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def read_yaml(text: str) -> Any:
+    """Raises yaml.YAMLError, also for what only looks like a value, such as 0x_."""
+    try:
+        return yaml.load(text, _Loader)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise yaml.YAMLError(f"a value in it is none ({error})") from None
+
+
 def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
@@ -27,12 +46,16 @@ def load(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     Raises ConfigError with one line that names what is wrong, the value and what is allowed.
     """
     path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ConfigError(f"unknown recipe {recipe!r}; recipes: {', '.join(recipe_names())}; or give a path to a .yaml file")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
+        tree = read_yaml(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        raise ConfigError(f"{path} is empty; a recipe that changes nothing holds {{}}")
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of sections, not a {type(tree).__name__}")
     tree.setdefault("recipe", path.stem)
@@ -53,14 +76,16 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise ConfigError(f"override {override!r} is not of the form key.path=value")
     try:
-        value = yaml.safe_load(text)
+        value = read_yaml(text)
     except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
+        raise ConfigError(f"override {override!r}: the value is not valid YAML; text that looks like something else needs quotes") from None
     if isinstance(value, str) and EXPONENT.fullmatch(text):
         value = float(text)  # YAML 1.1 reads 1e-3 as text
     *parents, last = key.split(".")
     for name in parents:
-        tree = tree.setdefault(name, {})
+        if tree.get(name) is None:  # missing, or a section without a line
+            tree[name] = {}
+        tree = tree[name]
         if not isinstance(tree, dict):
             raise ConfigError(f"override {override!r}: {name!r} is a value, not a section")
     tree[last] = value

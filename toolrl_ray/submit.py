@@ -44,11 +44,13 @@ def job_client(address: str | None) -> tuple[Any, str]:
         return JobSubmissionClient(address), address
 
 
-def submit_train(client: Any, address: str, arguments: list[str]) -> str:
-    """Submits `toolrl train ARGUMENTS`; returns the job's id. Raises UserError when the cluster does not take it."""
+def submit_train(client: Any, address: str, arguments: list[str], *, cwd: str) -> str:
+    """Submits `toolrl train ARGUMENTS`; returns the job's id. cwd: where relative paths in them begin; a cluster that lacks that folder
+    says so in the job's log, and the job starts in one of its own. Raises UserError when the cluster does not take it."""
+    command = f"cd {shlex.quote(cwd)}; exec {shlex.join(['toolrl', 'train', *arguments])}"
     environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}  # else 3 s: too few to take the tools down
     with _told(address):
-        return client.submit_job(entrypoint=shlex.join(["toolrl", "train", *arguments]), runtime_env={"env_vars": environment})
+        return client.submit_job(entrypoint=command, runtime_env={"env_vars": environment})
 
 
 def cluster_nodes(address: str) -> list[dict[str, float]]:
@@ -67,7 +69,7 @@ def cluster_nodes(address: str) -> list[dict[str, float]]:
 def submit(address: str | None, arguments: list[str], *, wait: bool, say: Callable[[str], None]) -> int:
     """Returns the job's exit code: 0 when it succeeded (or was only submitted), 1 when it failed or was stopped."""
     client, address = job_client(address)
-    job = submit_train(client, address, arguments)
+    job = submit_train(client, address, arguments, cwd=os.getcwd())
     from ray.job_submission import JobStatus
 
     say(f"submitted {job} to {address}; logs: ray job logs {job} --address {address}")

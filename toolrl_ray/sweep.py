@@ -85,7 +85,7 @@ def split_values(text: str) -> list[str]:
     for piece in text.split(","):
         pieces.append(piece)
         try:
-            yaml.safe_load(",".join(pieces))
+            yaml.compose(",".join(pieces), yaml.SafeLoader)  # its form alone: what it says is the recipe's to judge
         except yaml.YAMLError:
             continue
         values.append(",".join(pieces))
@@ -176,11 +176,12 @@ def state(folder: Path, run: PlannedRun) -> State:
 
 
 def evaluations(run_dir: Path) -> dict[str, Any]:
-    """eval.json of a run folder; empty where it is missing or being written."""
+    """eval.json of a run folder; empty where it is missing, being written or damaged."""
     try:
-        return json.loads((run_dir / "eval.json").read_text())
+        found = json.loads((run_dir / "eval.json").read_text())
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) and all(isinstance(result, dict) for result in found.values()) else {}
 
 
 def is_held(log: Path) -> bool:

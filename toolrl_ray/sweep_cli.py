@@ -65,6 +65,8 @@ def run_sweep(options: argparse.Namespace, say: Say) -> int:
         raise UserError(NOTHING)
     if begun and (options.seeds or options.dir):
         raise UserError(f"{begun[0]} has its seeds and its folder: take --seeds and --dir away, or start another study with a RECIPE")
+    if options.slurm and options.address:
+        raise UserError(f"--slurm contradicts --address={options.address!r}: the array's tasks start a Ray each; take one of them away")
     if options.recipe:
         if not options.seeds:
             raise UserError(f"how many seeds of {options.recipe!r}? Give --seeds N")
@@ -135,7 +137,7 @@ def _cluster(options: argparse.Namespace, study: Any, folder: Path, runs: list[A
 
     client, address = job_client(options.address)
     jobs = options.jobs or sweep_runs.how_many(plan(_largest(runs)), cluster_nodes(address))
-    return sweep_runs.job_start(folder, study.recipe, client, partial(submit_train, client, address)), jobs
+    return sweep_runs.job_start(folder, study.recipe, client, partial(submit_train, client, address, cwd=study.cwd)), jobs
 
 
 def _largest(runs: list[Any]) -> Any:

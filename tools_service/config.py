@@ -162,7 +162,7 @@ def load(path: str | Path) -> ServiceConfig:
         tree = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise ServiceConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:  # not text, no YAML, or of a type that has no such value
         raise ServiceConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ServiceConfigError(f"{path} must hold a mapping with names, custom, options, pools ..., not {type(tree).__name__}")

@@ -17,8 +17,6 @@ logger = logging.getLogger(__name__)
 MAX_OUTPUT_CHARS = 100_000
 MAX_MESSAGE_CHARS = 500
 
-LARGE = {"Wiki"}  # built-in tools that take memory and seconds to make: their mistakes show when they start
-
 Factory = Callable[[], Tool | AsyncTool]
 
 
@@ -124,6 +122,16 @@ def _python(**options: Any) -> AsyncTool:
     return PythonTool(**options)
 
 
+def _wiki_options(**options: Any) -> Any:
+    from tools_service.search.options import WikiOptions
+
+    return WikiOptions(**options)
+
+
+# Of the built-in tools that take memory and seconds to make: what takes their options, and has their name, in their place.
+LARGE: dict[str, Callable[..., Any]] = {"Wiki": _wiki_options}
+
+
 def builtin_tools() -> dict[str, Callable[..., Tool | AsyncTool]]:
     """What makes each tool that can be served by name; the tool's options are keyword arguments."""
     return {"SimpleCalculatorTool": _calculator, "Wiki": _wiki, "PythonInterpreter": _python}
@@ -132,8 +140,9 @@ def builtin_tools() -> dict[str, Callable[..., Tool | AsyncTool]]:
 def tool_factories(
     names: list[str], custom: Mapping[str, str], options: Mapping[str, Mapping[str, Any]], prefix: str = ""
 ) -> dict[str, Factory]:
-    """What makes each tool of a service, in the order of `names`. Every tool but those of LARGE is made once, so that mistakes show
-    here and not in a replica. Raises ValueError with one line. prefix: of the keys that it names, where they stand in a section."""
+    """What makes each tool of a service, in the order of `names`. Every tool is made once (of those of LARGE the options are), so that
+    mistakes show here and not in a replica. Raises ValueError with one line. prefix: of the keys that it names, where they stand in a
+    section."""
     known = [*builtin_tools(), *custom]
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"unknown tool {unknown[0]!r} in {prefix}names; tools: {', '.join(known)}; name your own in {prefix}custom")
@@ -144,15 +153,13 @@ def tool_factories(
 
 def _factory(name: str, spec: str | None, options: dict[str, Any], prefix: str) -> Factory:
     factory = partial(_load, name, spec, options) if spec is not None else partial(builtin_tools()[name], **options)
-    if spec is None and name in LARGE:
-        return factory
     where = f"{prefix}custom: {name}={spec!r} is not a tool" if spec is not None else f"{prefix}options.{name}={options}"
     try:
-        info = tool_info(factory())
+        own_name = LARGE[name](**options).name if spec is None and name in LARGE else tool_info(factory()).name
     except (LoadingError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
-    if info.name != name:
-        raise ValueError(f"{where}: it calls itself {info.name!r}; use one name")
+    if own_name != name:
+        raise ValueError(f"{where}: it calls itself {own_name!r}; use one name")
     return factory
 
 

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from toolrl_ray import cli
 from toolrl_ray.eval_cli import render
+from toolrl_ray.tracking import trajectories
 
 MEASURED = {"reward_mean": 0.5, "truncated_rate": 0.0, "turns_mean": 2.0, "sampled_tokens_mean": 1234.5}
 TOOLS = {"tool_use_rate": 0.75, "tool_error_rate": 0.125}
@@ -55,3 +63,42 @@ def test_each_of_several_sources_has_lines_of_its_own() -> None:
         "accuracy, nq/open       0.625 [0.250, 0.750]",
         "tool-use rate, nq/open  0.750",
     ]
+
+
+def full_disk(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.fixture
+def evaluated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """The command with both files, in a folder of its own; the evaluation itself is the one above."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "with_parts", lambda *_: (FULL, []))
+    return ["eval", "calculator", "--json", "result.json", "--transcripts", "episodes"]
+
+
+def test_a_file_that_cannot_be_written_costs_neither_the_table_nor_the_other_file(
+    evaluated: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(trajectories.TrajectoryWriter, "write", full_disk)
+        assert cli.main(evaluated) == 2
+    said = capsys.readouterr()
+    assert "gained by the tools" in said.out
+    assert said.err.startswith("toolrl: --transcripts='episodes' cannot be written (No space left on device); the evaluation is done")
+    assert json.loads((tmp_path / "result.json").read_text())["accuracy"] == 0.5
+    monkeypatch.setattr("toolrl_ray.eval_cli.os.replace", full_disk)
+    (tmp_path / "episodes" / "trajectories.jsonl").unlink()
+    assert cli.main(evaluated) == 2
+    assert capsys.readouterr().err.startswith("toolrl: --json='result.json' cannot be written (No space left on device)")
+    assert (tmp_path / "episodes" / "trajectories.jsonl").exists()
+
+
+@pytest.mark.parametrize("option", ["--json", "--transcripts"])
+def test_a_folder_that_cannot_be_written_is_told_before_the_evaluation(
+    option: str, evaluated: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "with_parts", lambda *_: pytest.fail("begun"))
+    monkeypatch.setattr("toolrl_ray.eval_cli.os.access", lambda path, mode: False)
+    assert cli.main(["eval", "calculator", option, "x"]) == 2
+    assert f"{option}='x': the folder " in capsys.readouterr().err

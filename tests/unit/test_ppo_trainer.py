@@ -98,6 +98,19 @@ def test_statistics_are_those_of_their_definitions():
     assert statistics["tokens/queries_len_mean"] == pytest.approx(np.mean([len(query) for query in queries]))
 
 
+@pytest.mark.parametrize("kl_penalty", ["kl", "mse"])
+def test_the_kl_of_a_row_is_the_sum_of_its_logprob_differences_and_the_penalty_that_of_kl_penalty(kl_penalty: str):
+    lm = tiny_lm(tokenizer())
+    other = copy.deepcopy(lm)
+    nn.init.normal_(other.lm_head.weight, std=0.1)
+    statistics = trainer(lm, other, kl_penalty=kl_penalty).step(*tensors(ROWS))
+    difference = statistics["objective/logprobs"] - statistics["objective/ref_logprobs"]  # both are 0 where masked
+    assert statistics["objective/kl_dist"] == pytest.approx(difference.sum(1), abs=1e-4)
+    assert statistics["objective/kl"] == pytest.approx(statistics["objective/kl_dist"].mean(), abs=1e-4)
+    penalty = (difference if kl_penalty == "kl" else difference**2 / 2).sum() / statistics["tokens/trained"]
+    assert statistics["ppo/mean_non_score_reward"] == pytest.approx(-0.2 * penalty, abs=1e-5)
+
+
 def test_a_step_is_the_learners_update_with_truncated_importance_weights_of_1(tmp_path):
     lm = tiny_lm(tokenizer())
     lm.save_pretrained(tmp_path)

@@ -43,6 +43,51 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_its_length(model: Path) ->
         check(f"policy.path={model}", "episode.max_context_tokens=64", "task.few_shot=4")
 
 
+@pytest.mark.parametrize(
+    ("name", "overrides", "source"),
+    [
+        ("gsm8k", ["task.few_shot=3"], r"'generated/train/\d+' \(\d+ tokens, task.few_shot=3\)"),
+        ("triviaqa", ["task.few_shot=2"], r"'generated/train/[\w-]+' \(\d+ tokens, task.few_shot=2\)"),
+        ("mixed", ["task.parts.gsm8k.few_shot=4"], r"'gsm8k/generated/train/\d+' \(\d+ tokens, task.parts.gsm8k.few_shot=4\)"),
+    ],
+)
+def test_a_prompt_that_the_tiny_policy_cannot_read_is_refused_before_it_is_made(name: str, overrides: list[str], source: str) -> None:
+    with pytest.raises(ConfigError, match=rf"episode.max_context_tokens=256 leaves no room after the prompt of task {source}; set"):
+        preflight.check(recipe.load(name, overrides), in_process=True, learner=True)
+
+
+@pytest.mark.parametrize("name", ["calculator", "triviaqa", "gsm8k", "mixed"])
+def test_the_recipes_of_the_tiny_policy_pass(name: str) -> None:
+    preflight.check(recipe.load(name), in_process=True, learner=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("{}", r"tools.options.Wiki={}: tool Wiki: index=None must be a folder .*; set options.Wiki.index"),
+        ("{Wiki: {index: my-index, kk: 3}}", "tools.options.Wiki=.* unexpected keyword argument 'kk'"),
+        ("{Wiki: {index: my-index, k: 0}}", "tools.options.Wiki=.* k=0 must be a whole number from 1 to 100"),
+        ("{Wiki: {index: my-index, name: Search}}", "tools.options.Wiki=.* it calls itself 'Search'"),
+        ("{Wiki: {index: /no/where}}", "tools.options.Wiki.index: no folder '/no/where'; make an index with: toolrl index build"),
+        ("{Wiki: {index: /}}", "tools.options.Wiki.index: '/' holds no Lucene index"),
+    ],
+)
+def test_a_wrong_option_of_the_search_tool_is_told_before_anything_is_made(options: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        preflight.check(recipe.load("triviaqa", [f"tools.options={options}"]), in_process=True, learner=True)
+
+
+def test_an_index_that_is_elsewhere_or_has_only_a_name_is_left_to_the_tool(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check_index(index: str, in_process: bool = False) -> None:
+        preflight.check_index(recipe.load("triviaqa", [f"tools.options.Wiki.index={index}"]), in_process=in_process)
+
+    check_index("wikipedia-kilt-doc")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    check_index("/no/where")
+    with pytest.raises(ConfigError, match="no folder '/no/where'"):
+        check_index("/no/where", in_process=True)
+
+
 def test_a_folder_without_a_tokenizer_is_one_line(model: Path) -> None:
     for path in model.glob("tokenizer*"):
         path.unlink()

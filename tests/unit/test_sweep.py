@@ -30,6 +30,11 @@ def test_values_are_separated_by_the_commas_that_yaml_does_not_need(text: str, v
     assert split_values(text) == values
 
 
+@pytest.mark.parametrize("value", ["0x_", "2026-02-30"])
+def test_what_is_no_value_is_split_off_like_one(value: str) -> None:
+    assert split_values(f"{value},5") == [value, "5"]
+
+
 def test_a_study_has_every_seed_of_every_variant_in_a_folder_of_its_own(tmp_path: Path) -> None:
     runs = plan(make_study("calculator", [*GRID, "train.num_steps=3"], [0, 1]), tmp_path)
     assert [run.name for run in runs[:3]] == ["lr=1e-4,few_shot=0-seed-0", "lr=1e-4,few_shot=0-seed-1", "lr=1e-4,few_shot=1-seed-0"]

@@ -247,6 +247,7 @@ def test_what_contradicts_itself_is_refused_in_one_line(tmp_path: Path, capsys: 
         (["--resume", "study", "--seeds", "3"], "take --seeds and --dir away"),
         (["--resume", "none"], "no study.json"),
         (["--from-wandb", "a/b"], "--tag TAG"),
+        (["--resume", "study", "--slurm", "--address", "http://head:8265"], "--slurm contradicts --address='http://head:8265'"),
         (["nope", "--seeds", "2"], "unknown recipe 'nope'"),
         (["calculator", "--seeds", "2", "learner.lr=1e-3,x"], "learner.lr='x'"),
     ]:

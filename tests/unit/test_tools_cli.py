@@ -68,6 +68,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("Slow", "Blocks"):
         (tmp_path / f"{name}.yaml").write_text(f"names: [{name}]\ncustom: {{{name}: 'own.py:{name}'}}\nstart_timeout_s: 0.1\n")
     (tmp_path / "bad.yaml").write_text("names: [1")
+    (tmp_path / "odd.yaml").write_text("start_timeout_s: 0x_")
     (tmp_path / "key.yaml").write_text("nams: [SimpleCalculatorTool]")
     (tmp_path / "hammer.yaml").write_text("names: [Hammer]")
     (tmp_path / "limit.yaml").write_text("names: [PythonInterpreter]\noptions: {PythonInterpreter: {wall_s: -1}}")
@@ -111,6 +112,7 @@ def run(command: str) -> int:
         ("tools call Hammer 1 --local", ["'Hammer'", "SimpleCalculatorTool, PythonInterpreter"]),
         ("tools call Weekday 1 --local --config none.yaml", ["none.yaml cannot be read"]),
         ("tools list --local --config bad.yaml", ["bad.yaml is not valid YAML"]),
+        ("tools list --local --config odd.yaml", ["odd.yaml is not valid YAML"]),
         ("tools list --local --config key.yaml", ["key.yaml", "unknown key 'nams'", "allowed there: names, custom"]),
         ("tools list --local --config hammer.yaml", ["unknown tool 'Hammer' in names;", "SimpleCalculatorTool", "your own in custom"]),
         ("tools list --local --config limit.yaml", [" options.PythonInterpreter={'wall_s': -1}: ", "wall_s=-1"]),

@@ -118,6 +118,11 @@ def open_index(name_or_path: str, k1: float = 0.9, b: float = 0.4, heap_mib: int
 
 def index_folder(name_or_path: str) -> Path:
     """The folder of that path, or of the Pyserini prebuilt index of that name, downloaded on its first use. Raises SearchError."""
+    return local_folder(name_or_path) or _prebuilt(name_or_path)
+
+
+def local_folder(name_or_path: str) -> Path | None:
+    """The folder of that path; None for what can only be the name of a prebuilt index. Raises SearchError."""
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         if not any(path.glob("segments_*")):
@@ -129,7 +134,7 @@ def index_folder(name_or_path: str) -> Path:
         raise SearchError(f"{name_or_path!r} is a file, not an index; make one with: toolrl index build {name_or_path} OUT")
     if os.sep in name_or_path:
         raise SearchError(f"no folder {name_or_path!r}; make an index with: toolrl index build CORPUS.jsonl {name_or_path}")
-    return _prebuilt(name_or_path)
+    return None
 
 
 @contextlib.contextmanager

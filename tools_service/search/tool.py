@@ -13,15 +13,16 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from tools_service.protocol import ToolCall, ToolResult, ToolStatus
-from tools_service.search.java import DEFAULT_HEAP_MIB, MIN_HEAP_MIB, detach, is_java_error, java_reason
+from tools_service.search.java import detach, is_java_error, java_reason
+from tools_service.search.options import WikiOptions
 from tools_service.search.searcher import Hit, open_index
 from tools_service.search.text import clean_query, concise, cut_chars, cut_words, first_paragraph
 
 logger = logging.getLogger(__name__)
 
-MAX_K = 100
 MAX_BATCH = 64
 EMPTY_QUERY = "The query is empty: write the words to search for."
 MAX_ECHO_CHARS = 200  # of the query in the answer that there is no result
@@ -29,15 +30,7 @@ DETACH_TIMEOUT_S = 5.0
 
 
 class WikiTool:
-    """WikiTool(index=FOLDER or the name of a Pyserini prebuilt index).
-
-    k: passages returned. k1, b: of BM25. passage: "first_paragraph" (up to the first line break) or "whole".
-    title_match: the article whose title is the query comes first (case, accents, punctuation, a leading "the" and a
-        disambiguation in parentheses do not count). concise: of each passage only the 3 sentences that match the query best.
-    show_title: "TITLE: " before each passage. max_chars, max_tokens: of the whole answer, titles included; a token is a word
-        between white space, and a cut answer is marked as truncated.
-    threads: searches at a time (default: the cores of this process, at most 4). heap_mib: bound of the JVM's heap; the first
-        tool of a process that starts the JVM decides.
+    """WikiTool(index=FOLDER or the name of a Pyserini prebuilt index, ...), with options as in WikiOptions.
 
     Raises ValueError (an option or the index is wrong) and JavaUnavailable, with one line each.
     """
@@ -47,48 +40,19 @@ class WikiTool:
     max_batch = MAX_BATCH
     probe = "health check"
 
-    def __init__(
-        self,
-        index: str | None = None,
-        *,
-        name: str = "Wiki",
-        k: int = 1,
-        k1: float = 0.9,
-        b: float = 0.4,
-        passage: str = "first_paragraph",
-        max_chars: int | None = None,
-        max_tokens: int | None = None,
-        show_title: bool = True,
-        title_match: bool = False,
-        concise: bool = False,
-        threads: int | None = None,
-        heap_mib: int = DEFAULT_HEAP_MIB,
-    ):
-        self.name = name
-        threads = min(4, len(os.sched_getaffinity(0))) if threads is None else threads
-        self._check(index, passage, {"show_title": show_title, "title_match": title_match, "concise": concise})
-        for option, value, low, high in (
-            ("k", k, 1, MAX_K),
-            ("threads", threads, 1, 64),
-            ("heap_mib", heap_mib, MIN_HEAP_MIB, 1 << 20),
-            ("max_chars", max_chars, 1, None),
-            ("max_tokens", max_tokens, 1, None),
-        ):
-            if value is not None or option in ("k", "heap_mib"):
-                self._check_number(option, value, low, high, int)
-        self._check_number("k1", k1, 0, 1_000, (int, float))
-        self._check_number("b", b, 0, 1, (int, float))
-        what = "passage" if k == 1 else f"{k} passages"
+    def __init__(self, index: str | None = None, **options: Any):
+        self._options = own = WikiOptions(index, **options)
+        self.name = own.name
+        what = "passage" if own.k == 1 else f"{own.k} passages"
         self.description = f"Searches the collection {os.path.basename(str(index).rstrip('/'))!r}; returns the best {what} for a few words."
         self.parameters = {
             "type": "object",
             "properties": {"query": {"type": "string", "description": "the words to search for"}},
             "required": ["query"],
         }
-        self._k, self._passage, self._show_title, self._title_match, self._concise = k, passage, show_title, title_match, concise
-        self._max_chars, self._max_tokens, self._threads = max_chars, max_tokens, threads
-        self._searcher = open_index(str(index), float(k1), float(b), heap_mib)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=f"search-{name}")
+        self._threads = min(4, len(os.sched_getaffinity(0))) if own.threads is None else own.threads
+        self._searcher = open_index(str(index), float(own.k1), float(own.b), own.heap_mib)
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix=f"search-{self.name}")
         self._counting = threading.Lock()
         self._counts = {"num_searches": 0.0, "num_without_hit": 0.0, "num_failed": 0.0}
 
@@ -140,9 +104,9 @@ class WikiTool:
 
     def _answer(self, queries: list[str]) -> dict[str, ToolResult]:
         """In a thread of the pool: the results of all queries, each query once. Never raises but for defects."""
-        search = self._searcher.search_by_title if self._title_match else self._searcher.search
+        search = self._searcher.search_by_title if self._options.title_match else self._searcher.search
         try:
-            found = search(queries, self._k, self._threads)
+            found = search(queries, self._options.k, self._threads)
         except Exception as error:
             self._count(num_failed=len(queries))
             logger.warning("tool %s failed on %d queries", self.name, len(queries), exc_info=True)
@@ -160,34 +124,14 @@ class WikiTool:
         if not hits:
             return ToolResult(ToolStatus.OK, f"No results for '{cut_chars(query, MAX_ECHO_CHARS)}'.")
         text = whole = "\n\n".join(self._shown_passage(query, hit) for hit in hits)
-        if self._max_tokens is not None:
-            text = cut_words(text, self._max_tokens)
-        if self._max_chars is not None:
-            text = cut_chars(text, self._max_chars)
+        if self._options.max_tokens is not None:
+            text = cut_words(text, self._options.max_tokens)
+        if self._options.max_chars is not None:
+            text = cut_chars(text, self._options.max_chars)
         return ToolResult(ToolStatus.OK, text, truncated=text != whole)
 
     def _shown_passage(self, query: str, hit: Hit) -> str:
-        text = first_paragraph(hit.text) if self._passage == "first_paragraph" else hit.text
-        if self._concise:
+        text = first_paragraph(hit.text) if self._options.passage == "first_paragraph" else hit.text
+        if self._options.concise:
             text = concise(text, query)
-        return f"{hit.title}: {text}" if self._show_title and hit.title else text
-
-    def _check(self, index: object, passage: object, switches: dict[str, object]) -> None:
-        if not isinstance(self.name, str) or not self.name.strip():
-            raise ValueError(f"tool Wiki: name={self.name!r} must be a text")
-        if not isinstance(index, (str, os.PathLike)) or not str(index).strip():
-            raise ValueError(
-                f"tool {self.name}: index={index!r} must be a folder made by `toolrl index build`, or the name of a Pyserini prebuilt "
-                f"index; set options.{self.name}.index"
-            )
-        if passage not in ("first_paragraph", "whole"):
-            raise ValueError(f"tool {self.name}: passage={passage!r} must be 'first_paragraph' or 'whole'")
-        for option, value in switches.items():
-            if not isinstance(value, bool):
-                raise ValueError(f"tool {self.name}: {option}={value!r} must be true or false")
-
-    def _check_number(self, option: str, value: object, low: float, high: float | None, kind: type | tuple[type, ...]) -> None:
-        number = "a whole number" if kind is int else "a number"
-        span = f"of {low} or more" if high is None else f"from {low} to {high}"
-        if isinstance(value, bool) or not isinstance(value, kind) or not low <= value or (high is not None and value > high):  # type: ignore[operator]
-            raise ValueError(f"tool {self.name}: {option}={value!r} must be {number} {span}")
+        return f"{hit.title}: {text}" if self._options.show_title and hit.title else text

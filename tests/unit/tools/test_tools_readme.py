@@ -13,7 +13,7 @@ from tools_service.config import HttpConfig, PoolConfig, parse
 from tools_service.sandbox.limits import Limits
 from tools_service.sandbox.plan import TIERS
 from tools_service.sandbox.seccomp import rules
-from tools_service.search.tool import WikiTool
+from tools_service.search.options import WikiOptions
 
 README = (Path(__file__).resolve().parents[3] / "tools_service" / "README.md").read_text()
 
@@ -45,7 +45,7 @@ def test_the_number_of_system_calls_is_about_right() -> None:
 
 def test_the_tables_of_search_and_pools_have_every_option_and_field() -> None:
     recall = {"title_match", "concise"}  # stand in the table of recall once more
-    options = set(inspect.signature(WikiTool).parameters) - {"name"}
+    options = set(inspect.signature(WikiOptions).parameters) - {"name"}
     assert sorted(names_in_first_column("Search")) == sorted([*options, *recall])
     assert sorted(names_in_first_column("Pools")) == sorted(PoolConfig.model_fields)
 

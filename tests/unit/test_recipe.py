@@ -1,0 +1,76 @@
+"""What is no recipe, no override or no YAML is one line that quotes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from toolrl_ray import recipe as recipes
+from toolrl_ray.errors import ConfigError
+
+
+def complaint(recipe: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as raised:
+        recipes.load(recipe, overrides)
+    message = str(raised.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("train.num_steps", "key.path=value"),
+        ("=5", "key.path=value"),
+        ("train.num_steps=[1", "not valid YAML"),
+        ("run_dir=0x_", "not valid YAML; text that looks like something else needs quotes"),
+        ("run_dir=!!timestamp x", "not valid YAML"),
+        ("train.num_steps=" + "[" * 10_000, "not valid YAML"),
+        ("train.num_steps.more=1", "'num_steps' is a value, not a section"),
+    ],
+)
+def test_an_override_of_the_wrong_form_is_quoted(override: str, part: str) -> None:
+    message = complaint("calculator", override)
+    assert repr(override) in message
+    assert part in message
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"train: [1", "not valid YAML"),
+        (b"- a\n- b\n", "must hold a mapping"),
+        (b"[]", "must hold a mapping of sections, not a list"),
+        (b"# nothing\n", "is empty; a recipe that changes nothing holds {}"),
+        (b"\xff\xfe\xfd", "not valid YAML"),
+        (b"run_dir: 0x_", "not valid YAML: a value in it is none"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path: Path, content: bytes, part: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content)
+    message = complaint(str(path))
+    assert str(path) in message
+    assert part in message
+
+
+def test_a_name_that_no_file_can_have_is_an_unknown_recipe() -> None:
+    assert complaint("x" * 300).startswith("unknown recipe 'xxx")
+    assert complaint("x" * 300 + ".yaml").startswith("unknown recipe 'xxx")
+
+
+def test_dates_in_a_file_are_text_and_sections_without_a_line_can_be_overridden(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("run_dir: 2026-02-30\ntrain:\n")
+    loaded = recipes.load(str(path), ["train.num_steps=7"])
+    assert (loaded.run_dir, loaded.train.num_steps) == ("2026-02-30", 7)
+    path.write_text("{}")
+    assert recipes.load(str(path)).recipe == "r"
+
+
+@pytest.mark.parametrize(("content", "part"), [("1: 2", "1=1: keys should be strings"), ("null: 2", "None"), ("train:", "train=None")])
+def test_keys_that_are_no_names_and_sections_without_a_line_are_named(tmp_path: Path, content: str, part: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(content)
+    assert part in complaint(str(path))
