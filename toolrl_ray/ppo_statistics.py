@@ -56,7 +56,7 @@ def update_statistics(metrics: dict[str, float], config: RunConfig, seen: tuple[
         mean, var = masked_mean_var(x, mask)
         statistics |= {f"{name}/mean": float(mean), f"{name}/var": float(var)}
     return statistics | {
-        "objective/kl_dist": kl.sum(1).cpu().numpy(),
+        "objective/kl_dist": torch.where(mask, old - reference, 0.0).sum(1).cpu().numpy(),  # whatever kl_penalty says, as is objective/kl
         "objective/entropy": float(-old.sum(1).mean()),  # 0 where masked
         "objective/logprobs": old.cpu().numpy(),
         "objective/ref_logprobs": reference.cpu().numpy(),
