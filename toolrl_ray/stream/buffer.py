@@ -10,6 +10,8 @@ tokens is of a version below l, so up to that update none is older than K update
     (I)  the groups in flight or buffered that are due at or before d are at most (d - s) B.
 
 - `admit` starts a group only while all there are, with it, are at most (l + K + 1 - s) B. No group is due later than that, so (I) holds.
+  In the first K batches it starts fewer: K counts from 0 up there. Were (K + 1) B groups started at once, the first batch would be made of
+  those that end soonest, which are of one kind (that call no tool, say), and there is nothing to be learned from one kind alone.
 - `next_batch` takes finished groups, those due first before others, and only when what stays behind keeps (I) at s + 1. Taking the
   earliest due leaves the fewest behind for every d at once, so if any choice of B finished groups keeps (I), this one does.
 - (I) at d = s + 1 says that all groups due at the next update fit into it, and `next_batch` leaves none of them behind.
@@ -72,6 +74,7 @@ class Stream:
         self._num_batches = num_batches
         self._clock = clock
         self.num_handed = 0  # s
+        self._num_handed_before = 0  # when this began, or was resumed
         self.loaded_version = 0  # l
         self.num_completed = 0  # groups whose episodes, or a quorum of them, came in, kept or filtered
         self._next = 0
@@ -86,8 +89,10 @@ class Stream:
 
     def admit(self) -> list[EpisodeRequest]:
         """All episodes that may start now."""
-        due = self.loaded_version + self._config.max_staleness_steps + 1
-        room = (min(due, self._num_batches) - self.num_handed) * self._batch - len(self._groups)
+        k = self._config.max_staleness_steps
+        due = self.loaded_version + k + 1
+        last = self.loaded_version + min(k, self.num_handed - self._num_handed_before) + 1  # the last update to start groups for
+        room = (min(last, self._num_batches) - self.num_handed) * self._batch - len(self._groups)
         requests = []
         for _ in range(room):
             number = self._again.popleft() if self._again else self._next
@@ -225,7 +230,7 @@ class Stream:
                 "the training tasks are not those that the checkpoint was saved with (task.*), so prompts would be skipped or trained on "
                 "twice; bring the files of the tasks back as they were, or start a new run"
             )
-        self.num_handed = self.loaded_version = state["num_handed"]
+        self.num_handed = self._num_handed_before = self.loaded_version = state["num_handed"]
         self._next = state["next"]
         self._again = deque(state["again"])
         self._groups = {}

@@ -141,16 +141,33 @@ def test_strictly_on_policy_admits_one_batch_and_the_next_only_once_weights_are_
 
 
 def test_a_long_tail_does_not_block_a_batch_until_it_is_due() -> None:
-    s = stream(k=1, batch=1)
-    slow, quick = s.admit()
-    s.add([finished(quick, 0)])
-    assert groups(s.next_batch() or []) == [1]  # the slow one may still wait for update 2
+    s = stream(k=2, batch=1)
+    s.add([finished(s.admit()[0], 0)])
+    assert groups(s.next_batch() or []) == [0]
+    [slow] = s.admit()
     s.loaded(1)
-    [third] = s.admit()
-    s.add([finished(third, 1)])
+    [quick] = s.admit()
+    s.add([finished(quick, 1)])
+    assert groups(s.next_batch() or []) == [2]  # the slow one may still wait for update 3
+    s.loaded(2)
+    third, *_ = s.admit()
+    s.add([finished(third, 2)])
     assert s.next_batch() is None  # now it is due, and nothing goes before it
     s.add([finished(slow, 0)])
-    assert groups(s.next_batch() or []) == [0]
+    assert groups(s.next_batch() or []) == [1]
+
+
+def test_the_first_batch_is_not_made_of_the_episodes_that_end_soonest_nor_is_that_after_a_resume() -> None:
+    s = stream(k=2, batch=2)
+    for resumed in (False, True):
+        if resumed:
+            state = s.state_dict()
+            s = stream(k=2, batch=2)
+            s.load_state_dict(state)
+        first = s.admit()
+        assert len(first) == 2  # and not the six that the bound would allow
+        s.add([finished(request, s.loaded_version) for request in first])
+        assert len(s.next_batch() or []) == 2
 
 
 def test_a_token_older_than_the_bound_is_an_error_that_names_the_episode() -> None:
@@ -215,7 +232,7 @@ def test_staleness_is_that_of_the_oldest_sampled_token(versions: list[int], upda
 
 
 def test_what_is_there_is_described() -> None:
-    s = stream(k=1, batch=1)
+    s = stream(k=1, batch=2)
     requests = s.admit()
     s.add([finished(requests[0], 0)])
     assert s.describe() == (
