@@ -70,6 +70,20 @@ class CheckpointStore:
         self._prune(step)
         return final
 
+    def rescore(self, step: int, score: float) -> None:
+        """The score of a checkpoint that was committed before it was known. Of a step that has none, or a damaged one, nothing."""
+        final, aside = self._final(step), self._folder / f".step-{step:06d}.manifest"
+        try:
+            manifest = json.loads(text := (final / MANIFEST).read_text())
+            if text != _manifest_text(manifest):
+                return
+        except (OSError, ValueError, AttributeError):
+            return
+        aside.write_text(_manifest_text(manifest | {"score": _known(score)}))
+        _sync(aside)
+        os.replace(aside, final / MANIFEST)
+        _sync(final)
+
     def newest(self) -> tuple[int, Path] | None:
         """The newest whole checkpoint, every byte of it compared with its manifest; None when there is none."""
         self._put_back()
@@ -111,11 +125,14 @@ def _seal(folder: Path, step: int, score: float | None) -> None:
     for name, path in _files(folder).items():
         files[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
         _sync(path)
-    known = score if score is not None and math.isfinite(score) else None
-    (folder / MANIFEST).write_text(_manifest_text({"step": step, "score": known, "files": files}))
+    (folder / MANIFEST).write_text(_manifest_text({"step": step, "score": _known(score), "files": files}))
     _sync(folder / MANIFEST)
     for inner in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
         _sync(inner)
+
+
+def _known(score: float | None) -> float | None:
+    return score if score is not None and math.isfinite(score) else None
 
 
 def _fault(folder: Path, step: int) -> str | None:
@@ -175,9 +192,12 @@ def _files(folder: Path) -> dict[str, Path]:
     return {name: path for path in paths if (name := path.relative_to(folder).as_posix()) != MANIFEST}
 
 
-def _remove(folder: Path) -> None:
+def _remove(path: Path) -> None:
     """As far as it goes: on NFS a file that is still open somewhere stays, which must not end a run. `begin` tries again."""
-    shutil.rmtree(folder, ignore_errors=True)
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sha256(path: Path) -> str:

@@ -194,6 +194,7 @@ class Run:
             self._finish_checkpoint(parts)
             parts.learner.save_policy(str(self._dir / "policy"), self._policy_dir)  # an evaluation that fails costs no training
             self._evaluate(parts, heldout, "after", stream.num_handed)
+            self._store.rescore(stream.num_handed, self._evals["after"]["accuracy"])
 
     def _due(self, step: int, heldout: list[Task]) -> list[EpisodeRequest]:
         """The episodes of the evaluation after this step; [] where none is scheduled."""
@@ -285,13 +286,11 @@ class Run:
         )
 
     def _summary(self, seconds: float) -> dict[str, Any]:
-        def pair(result: dict[str, float]) -> dict[str, float]:
-            return {"accuracy": result["accuracy"], "tool_use": result["tool_use_rate"]}
-
         rollout_s = self._totals["rollout_s"] or None
+        pairs = {label: {"accuracy": e["accuracy"], "tool_use": e["tool_use_rate"]} for label, e in self._evals.items()}
         return {
-            "before": pair(self._evals["before"]),
-            "after": pair(self._evals["after"]),
+            "before": pairs["before"],
+            "after": pairs["after"],
             "num_tasks": self._evals["after"]["num_tasks"],
             "episodes_per_s": self._totals["episodes"] / rollout_s if rollout_s else None,
             "tokens_per_s": self._totals["tokens"] / rollout_s if rollout_s else None,

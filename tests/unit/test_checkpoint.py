@@ -117,6 +117,29 @@ def test_the_newest_few_stay_and_the_best_besides(tmp_path: Path) -> None:
     assert not [name for name in os.listdir(tmp_path / "checkpoints") if name.startswith(".")]
 
 
+def test_a_score_that_is_known_later_counts_and_whenever_the_process_ends_the_checkpoint_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path, 1)
+    write(store, 1, 0.5)
+    write(store, 2)
+
+    def end(*arguments: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", end)
+        with pytest.raises(Killed):
+            store.rescore(2, 0.9)
+    assert newest_step(tmp_path) == 2
+    store.rescore(2, 0.9)
+    store.rescore(7, 0.99)
+    assert newest_step(tmp_path) == 2
+    write(store, 3)
+    assert committed_steps(tmp_path) == [2, 3]  # the best, and the newest
+    assert not list((tmp_path / "checkpoints").glob(".step*"))
+
+
 def test_without_scores_only_the_newest_stay(tmp_path: Path) -> None:
     for step in (5, 10, 15):
         write(CheckpointStore(tmp_path, 1), step)

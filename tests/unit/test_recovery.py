@@ -89,6 +89,14 @@ def test_learners_lost_with_a_checkpoint_in_between_are_counted_apart(tmp_path: 
         run(tmp_path / "other", losing(), "train.max_learner_restarts=1", "checkpoint.every_steps=0")
 
 
+def test_each_checkpoint_has_the_score_of_the_evaluation_at_its_step_the_last_one_too(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run(run_dir, ScriptedParts())
+    scores = {path.parent.name: json.loads(path.read_text())["score"] for path in run_dir.glob("checkpoints/*/manifest.json")}
+    accuracy = {e["step"]: e["accuracy"] for e in json.loads((run_dir / "eval.json").read_text()).values()}
+    assert scores == {f"step-{step:06d}": accuracy[step] for step in (4, 5)}
+
+
 def test_a_run_goes_on_for_longer_than_was_planned_at_first(tmp_path: Path, whole) -> None:
     with pytest.raises(RolloutError):
         run(tmp_path / "run", ScriptedParts({"sync 3": RolloutError("killed")}), "train.num_steps=3", "checkpoint.every_steps=1")
