@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from toolrl_ray import eval_cli, sweep_cli, tools_cli
-from toolrl_ray.errors import ToolRLError, UserError
+from toolrl_ray.errors import MissingDependency, PlacementError, ToolRLError, UserError
 
 EXIT_ERROR, EXIT_USER, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 
@@ -192,7 +192,7 @@ def _train(options: argparse.Namespace) -> int:
     except BaseException as error:
         if not options.resume:
             run_dirs.release(run_dir)
-        refused = options.resume and isinstance(error, UserError)  # the same command would be refused again
+        refused = options.resume and isinstance(error, UserError) and not isinstance(error, (PlacementError, MissingDependency))
         if not refused and (how := _how_to_go_on(run_dir, options)):
             error.add_note(how)
         raise

@@ -16,8 +16,9 @@ from typing import Any
 
 from toolrl_ray.config import LearnerConfig, RolloutConfig, RunConfig
 from toolrl_ray.driver import Parts
-from toolrl_ray.errors import UserError
+from toolrl_ray.errors import PlacementError, UserError
 from toolrl_ray.placement import check, plan, reserve
+from toolrl_ray.run_dir import write_whole
 from toolrl_ray.weights.sync import WeightSync, select_backend
 from tools_service.serve_handles import ReplicaStats
 
@@ -159,14 +160,18 @@ def _own_app(run_dir: str | None, say: Callable[[str], None]) -> str:
     """A new name for the run's tools, noted in its folder. Tools that it left on the cluster when it was killed are removed: Serve's
     outlive whoever started them, and would hold what the run needs now."""
     from toolrl_ray.tools.serve_client import stop_tools
+    from tools_service.serve_app import ServiceError
 
     name = f"toolrl-{uuid.uuid4().hex[:8]}"
     if run_dir and os.environ.get("RAY_ADDRESS"):
         note = Path(run_dir) / TOOLS_NOTE
         if note.exists():
             say("removing the tools that the run had when it was interrupted, if they are still there")
-            stop_tools(note.read_text().strip())
-        note.write_text(name + "\n")
+            try:
+                stop_tools(note.read_text().strip())
+            except ServiceError as error:
+                raise PlacementError(str(error)) from None
+        write_whole(note, name + "\n")
     return name
 
 

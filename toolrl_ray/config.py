@@ -216,7 +216,7 @@ class StreamConfig(Section):
     max_staleness_steps: int = Field(0, ge=0)
     filter_zero_signal: bool = False  # a group whose episodes all have the same reward is replaced by another task's
     max_filtered: int = Field(256, ge=1)  # groups per step; those above it are trained on as they are
-    group_deadline_s: float | None = Field(None, gt=0)  # then a group goes without its late episodes, or not at all
+    group_deadline_s: float | None = Field(None, gt=0)  # on the wall; then a group goes without its late episodes, or not at all
     group_quorum: int = Field(2, ge=1)  # finished episodes with which it goes
 
 
@@ -231,7 +231,7 @@ class TrainConfig(Section):
     num_steps: int = Field(40, ge=0)
     tasks_per_step: int = Field(64, ge=1)
     group_size: int = Field(1, ge=1)  # episodes per task
-    stall_timeout_s: float = Field(3600, gt=0)  # nothing finished for so long: the run ends and says who waits for whom
+    stall_timeout_s: float = Field(3600, gt=0)  # no group complete, no job done: the run ends and says who waits for whom
     max_learner_restarts: int = Field(3, ge=0)  # with no checkpoint written in between
 
 

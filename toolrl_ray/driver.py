@@ -15,7 +15,7 @@ episodes ride along with the collection of batch s + 1, and that update waits fo
 
 | waits | for | unblocked by |
 |---|---|---|
-| main thread | the next batch, in `Collector.batch` | finished episodes; train.stall_timeout_s |
+| main thread | the next batch, in `Collector.batch` | complete groups; train.stall_timeout_s |
 | main thread | update and sync, in `Collector.beside` | their thread; train.stall_timeout_s |
 | an episode | its completion, its tool calls | the engine, the tool; episode.*_deadline_s |
 | an episode that has not begun | a slot of the stream | the next weights, once the engines have them |

@@ -54,7 +54,8 @@ def claim(config: RunConfig) -> Path:
 def reopen(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Take the folder of a run that was interrupted; its saved configuration with the overrides on top, and this folder as run_dir.
 
-    Raises UserError when it is no run's folder, another process has it, the run is finished, or an override changes what it learns.
+    Raises UserError when it is no run's folder, another process has it, the run is finished, or has results and never a checkpoint, or an
+    override changes what it learns.
     """
     run_dir = run_dir.expanduser().absolute()
     if not (run_dir / "config.yaml").is_file():
@@ -66,13 +67,14 @@ def reopen(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
     if owner is not None:
         raise UserError(f"--resume {str(run_dir)!r}: the run is under way in {owner}; stop that first")
     try:
-        config = _resumed(run_dir, overrides)
+        saved, config = _resumed(run_dir, overrides)
         if finished(run_dir) and config.train.num_steps <= (num_steps := evaluations(run_dir)["after"].get("step", 0)):
             remedy = f"to go on longer set train.num_steps above {num_steps}" if committed_steps(run_dir) else "start a new run"
             raise UserError(f"--resume {str(run_dir)!r}: the run is finished; {remedy}")
-        if _has_trained(run_dir) and not committed_steps(run_dir) and (finished(run_dir) or not config.checkpoint.every_steps):
+        if _has_trained(run_dir) and not committed_steps(run_dir) and (finished(run_dir) or not saved.checkpoint.every_steps):
             raise UserError(
-                f"--resume {str(run_dir)!r}: the run has no checkpoint to go on from, and starting again would lose its results"
+                f"--resume {str(run_dir)!r}: the run has no checkpoint to go on from, and starting again there would lose its results; "
+                "start a new run"
             )
     except BaseException:
         unlock(run_dir)
@@ -147,13 +149,14 @@ def _lock(run_dir: Path, mode: str) -> str | None:
     return None
 
 
-def _resumed(run_dir: Path, overrides: Sequence[str]) -> RunConfig:
+def _resumed(run_dir: Path, overrides: Sequence[str]) -> tuple[RunConfig, RunConfig]:
+    """The saved configuration, and that with the overrides."""
     source, here = str(run_dir / "config.yaml"), f"run_dir={json.dumps(str(run_dir))}"
     saved, config = load(source, [here]), load(source, [here, *overrides])
     for key, before, now in _differences(saved.model_dump(mode="json"), config.model_dump(mode="json")):
         if not MAY_DIFFER.fullmatch(key):
             raise ConfigError(f"{key}={now!r} contradicts the run in {str(run_dir)!r}, which has {before!r}; a new run can have it")
-    return config
+    return saved, config
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

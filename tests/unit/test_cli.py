@@ -236,7 +236,7 @@ def test_a_resumed_run_keeps_its_folder_whatever_stops_it_and_can_be_resumed_aga
     scripted: ScriptedParts, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scripted.raising["sync 3"] = KeyboardInterrupt()
-    assert start("checkpoint.every_steps=0") == 130
+    assert start("checkpoint.every_steps=9") == 130
     assert resume("learner.lr=1") == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("toolrl: learner.lr=1.0 contradicts the run in")
     scripted.raising = {"sync 0": KeyboardInterrupt()}  # goes on from the beginning, and not even that

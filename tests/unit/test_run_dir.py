@@ -178,7 +178,8 @@ def test_a_run_without_a_checkpoint_does_not_lose_its_results_by_going_on(tmp_pa
     if is_finished:
         (run_dir / "policy").mkdir()
         (run_dir / "eval.json").write_text(json.dumps({"after": {"step": 6}}))
-    assert "has no checkpoint to go on from, and starting again would lose its results" in refusal(run_dir, "train.num_steps=9")
+    for overrides in (["train.num_steps=9"], ["train.num_steps=9", "checkpoint.every_steps=5"]):
+        assert "has no checkpoint to go on from, and starting again there would lose its results" in refusal(run_dir, *overrides)
     assert (run_dir / "metrics.jsonl").read_text() == '{"step": 6}\n'
 
 

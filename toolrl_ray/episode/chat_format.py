@@ -22,7 +22,7 @@ from tools_service.runner import MAX_MESSAGE_CHARS, ToolInfo
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 THINK, THOUGHT = "<think>", "</think>"
-MARK = re.compile(f"{OPEN}|{CLOSE}|{THOUGHT}")
+MARK = re.compile(f"{OPEN}|{CLOSE}")
 # What a call begins with: OPEN before JSON, or where nothing stands before it in its line but thoughts and other calls.
 BEGIN = rf"{OPEN}(?=\s*\{{)|(?:^|(?<={CLOSE})|(?<={THOUGHT}))[ \t]*{OPEN}"
 NEXT = re.compile(rf"{THINK}|{THOUGHT}|{BEGIN}", re.MULTILINE)
@@ -74,15 +74,16 @@ class HermesFormat:
     def _calls(self, text: str) -> list[RequestedCall]:
         """Those outside of thoughts; one that never closes holds all that follows."""
         calls: list[RequestedCall] = []
-        at = 0
+        at, has_thought = 0, False
         while (mark := NEXT.search(text, at)) is not None:
             at = mark.end()
             if mark[0] == THINK:
                 if (end := text.find(THOUGHT, at)) < 0:
                     break
-                at = end + len(THOUGHT)
+                at, has_thought = end + len(THOUGHT), True
             elif mark[0] == THOUGHT:
-                calls = []  # the template opened it, before the turn began
+                if not has_thought:  # the template opened it, before the turn began
+                    calls, has_thought = [], True
             else:
                 call, at = self._call(text, SPACE.match(text, at).end())
                 calls.append(call)
@@ -99,10 +100,12 @@ class HermesFormat:
         except (ValueError, RecursionError) as error:
             problem = f"the call is not JSON: {_reason(error, start)}"
         mark = MARK.search(text, at)
-        if mark is None or mark[0] != CLOSE:
-            problem = f"{OPEN} without {CLOSE}"
-        stop, end = (mark.start(), mark.end() if mark[0] == CLOSE else mark.start()) if mark else (len(text), len(text))
-        return _refused("", text[start:stop], problem), end
+        if mark is not None and mark[0] == CLOSE:
+            return _refused("", text[start : mark.start()], problem), mark.end()
+        end = mark.start() if mark else len(text)
+        if (thought := text.find(THOUGHT, at, end)) >= 0:
+            end = thought
+        return _refused("", text[start:end], f"{OPEN} without {CLOSE}"), end
 
     def _requested(self, value: Any, raw: str) -> RequestedCall:
         if not isinstance(value, dict):

@@ -216,7 +216,7 @@ class Stream:
     def state_dict(self) -> dict[str, Any]:
         """The prompt ledger. What is in flight or buffered will be run again, by the weights that go with this state."""
         return {
-            "tasks": self._tasks.digest(),
+            "tasks": self._tasks.digest,
             "num_handed": self.num_handed,
             "next": self._next,
             "again": sorted([*self._again, *self._groups]),
@@ -225,7 +225,7 @@ class Stream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises UserError where the tasks are others than those that the state was saved with."""
-        if state.get("tasks", digest := self._tasks.digest()) != digest:
+        if state.get("tasks", digest := self._tasks.digest) != digest:
             raise UserError(
                 "the training tasks are not those that the checkpoint was saved with (task.*), so prompts would be skipped or trained on "
                 "twice; bring the files of the tasks back as they were, or start a new run"

@@ -28,7 +28,7 @@ TOLERANCE = 0.01
 HELDOUT_SHARE = 8  # one generated expression in so many is held out
 DRAWS_PER_TASK = 20  # after which the generator has nothing new
 NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?(?:[eE][-+]?\d+)?"
-RESULT = re.compile(rf"Result=\s*({NUMBER})\s*(?:<submit>|$)")
+RESULT = re.compile(rf"Result=\s*+({NUMBER})\s*+(?:<submit>|$)")
 ANNOTATION = re.compile(r"<<([^<>=]+)=([^<>]+)>>")
 
 

@@ -34,8 +34,11 @@ HELDOUT_SHARE = 8  # one generated problem in so many is held out
 DRAWS_PER_TASK = 20  # after which the generator has nothing new
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|\.(?!\d))?"
 # A sign, a currency, a number or a fraction, and what it counts: no second number.
-AMOUNT = re.compile(rf"(?P<sign>[-+−]?)\s*[$€£¥]?\s*(?P<number>{DIGITS})(?:\s*/\s*(?P<divisor>\d+))?\s*(?:[%$€£¥]|[^\W\d_][^\d<>]*)?[.!]?")
-RESULT = re.compile(r"Result=([^<>]*)(?:<submit>|$)")
+# Possessive (++, *+), so that what a policy writes at length is read in a time that grows no faster than it.
+AMOUNT = re.compile(
+    rf"(?P<sign>[-+−]?)\s*+[$€£¥]?\s*+(?P<number>{DIGITS})(?:\s*+/\s*+(?P<divisor>\d++))?\s*+(?:[%$€£¥]|[^\W\d_][^\d<>]*)?[.!]?"
+)
+RESULT = re.compile(r"Result=((?:(?!Result=)[^<>])*+)(?:<submit>|$)")
 FINAL = re.compile(r"####\s*(.+?)\s*$")
 
 SHOTS = (

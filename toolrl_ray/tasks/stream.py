@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 from dataclasses import astuple
+from functools import cached_property
 
 from toolrl_ray.types import Task
 
@@ -21,6 +22,7 @@ class TaskStream:
         self._seed = seed
         self._orders: dict[int, list[int]] = {}
 
+    @cached_property
     def digest(self) -> str:
         """Of every task, in order: numbers mean the same prompts only where this is the same."""
         whole = hashlib.sha256()

@@ -104,7 +104,6 @@ def test_a_wrong_call_takes_no_other_call_of_its_turn_with_it(bad: str) -> None:
         "<think>\nNo <tool_call> is needed, or\n<tool_call>\nat most one.\n</think>\n\nResult=5",
         "I will not send <tool_call>{.\n</think>\nResult=5",
         f"<think>\nI send\n{ECHO}",
-        f"<think>a</think>b {ECHO}</think>c",
         "A call begins with `<tool_call>` and ends with `</tool_call>`. Result=5",
     ],
 )
@@ -123,6 +122,9 @@ def test_what_a_thought_or_prose_mentions_is_no_call(text: str) -> None:
         (call("Echo", '{"argument": "</think> <think>"}') + ADD, ["Echo", "Add"]),
         ("<think>a</think><tool_call>\nEcho('hi')\n</tool_call>", [""]),
         (f"Not <tool_call>{{\n</think>{ECHO}", ["Echo"]),
+        (f"<think>a</think>b {ECHO}</think>c", ["Echo"]),  # a stray end of a thought takes nothing away
+        (f"<think>a<think>b</think>{ECHO}</think>", ["Echo"]),
+        ('<tool_call>{"name": "Echo", "arguments": {"argument": "</think>"}</tool_call>', [""]),  # a brace is missing: that is said
     ],
 )
 def test_calls_behind_a_thought_are_calls(text: str, tools: list[str]) -> None:

@@ -101,10 +101,20 @@ def test_reward_is_for_the_submitted_number(text: str, reward: float) -> None:
         ("<think>\nResult=8? No.\n</think>\n\nResult=7", 0.0),
         ("<think>\nResult=8\n</think>\n\nI do not know.", 0.0),
         ("Result=8<submit>?\n</think>\n\nI do not know.", 0.0),
+        ("<think>maybe Result=8<submit>", 0.0),  # it never ends
+        ("<think>a</think>b<think>Result=8", 0.0),
     ],
 )
 def test_what_a_thought_says_earns_nothing(module: ModuleType, text: str, reward: float) -> None:
     assert module.reward(finished("8", text)) == reward
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("module", [calculator, gsm8k, triviaqa])
+@pytest.mark.parametrize("text", ["Result=" + " " * 50_000 + "x", "Result=$" * 9_000 + "<", "Result=-" + " " * 20_000 + "$" + " " * 20_000])
+def test_a_long_answer_is_read_at_once(module: ModuleType, text: str) -> None:
+    """These took minutes to hours, in which the process that runs the episodes stood still."""
+    assert module.reward(finished("8", text)) == 0.0
 
 
 def test_what_was_not_submitted_earns_nothing() -> None:
