@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from tests.unit.complaints import complaint
 from toolrl_ray import config
 from toolrl_ray import recipe as recipes
 from toolrl_ray.errors import ConfigError
@@ -21,14 +22,6 @@ def recipe(tmp_path: Path) -> str:
     path = tmp_path / "small.yaml"
     path.write_text("train: {num_steps: 3}\n")
     return str(path)
-
-
-def complaint(recipe: str, *overrides: str) -> str:
-    with pytest.raises(ConfigError) as raised:
-        recipes.load(recipe, overrides)
-    message = str(raised.value)
-    assert "\n" not in message
-    return message
 
 
 def test_a_recipe_is_its_file_over_the_defaults(recipe: str) -> None:

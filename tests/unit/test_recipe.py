@@ -6,16 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.complaints import complaint
 from toolrl_ray import recipe as recipes
-from toolrl_ray.errors import ConfigError
-
-
-def complaint(recipe: str, *overrides: str) -> str:
-    with pytest.raises(ConfigError) as raised:
-        recipes.load(recipe, overrides)
-    message = str(raised.value)
-    assert "\n" not in message
-    return message
 
 
 @pytest.mark.parametrize(
