@@ -17,6 +17,7 @@ from typing import Any
 from toolrl_ray.config import LearnerConfig, RolloutConfig, RunConfig
 from toolrl_ray.driver import Parts
 from toolrl_ray.errors import PlacementError, UserError
+from toolrl_ray.local_ray import start_local
 from toolrl_ray.placement import check, plan, reserve
 from toolrl_ray.run_dir import write_whole
 from toolrl_ray.weights.sync import WeightSync, select_backend
@@ -52,21 +53,19 @@ def reach(address: str | None, say: Callable[[str], None], *, verbose: bool = Fa
     from ray.exceptions import AuthenticationError
 
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
-    if address:
-        say(f"connecting to the Ray cluster at {address}")
-        options["address"] = address
-        _check_reachable(address)
-    else:
-        say("starting a local Ray")
-        options |= {"address": "local", "include_dashboard": False, "object_store_memory": LOCAL_OBJECT_STORE_BYTES}
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(**options)
-    except AuthenticationError:
-        raise UserError(f"the cluster at {address} wants a token: export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN=...") from None
-    except Exception as error:  # a machine too busy for Ray to start within 30 s is a bare Exception
-        where = f"no Ray cluster answers at {address!r}" if address else "a local Ray does not start"
-        raise UserError(f"{where}: {' '.join(str(error).split())[:200]}") from None
+    if not address:
+        say("starting a local Ray")
+        start_local(say, object_store_memory=LOCAL_OBJECT_STORE_BYTES, **options)
+    else:
+        say(f"connecting to the Ray cluster at {address}")
+        _check_reachable(address)
+        try:
+            ray.init(address=address, **options)
+        except AuthenticationError:
+            raise UserError(f"the cluster at {address} wants a token: export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN=...") from None
+        except Exception as error:  # of no class of its own
+            raise UserError(f"no Ray cluster answers at {address!r}: {' '.join(str(error).split())[:200]}") from None
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own handler in the place of the caller's
 

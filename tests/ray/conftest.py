@@ -8,6 +8,7 @@ import uuid
 import pytest
 import ray
 
+from toolrl_ray.local_ray import start_local
 from tools_service import serve_app
 from tools_service.config import HttpConfig
 
@@ -20,7 +21,7 @@ def cluster():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         http = HttpConfig(port=free.getsockname()[1])
-    ray.init(address="local", num_cpus=NUM_CPUS, include_dashboard=False, namespace=f"tools-{uuid.uuid4().hex}", log_to_driver=False)
+    start_local(num_cpus=NUM_CPUS, namespace=f"tools-{uuid.uuid4().hex}", log_to_driver=False)
     try:
         serve_app._start_serve(http)
         yield http

@@ -13,6 +13,7 @@ import pytest
 import ray
 
 from toolrl_ray.config import ToolsConfig
+from toolrl_ray.local_ray import start_local
 from toolrl_ray.tools.serve_client import ToolClient, start_tools, stop_tools
 from tools_service.protocol import ToolCall, ToolStatus
 from tools_service.serve_handles import ReplicaStats
@@ -46,7 +47,7 @@ class Caller:
 @pytest.fixture(scope="module")
 def caller():
     config = ToolsConfig(names=[PYTHON], options={PYTHON: {"stateful": True, "wall_s": 30, "cpu_s": 30}}, num_replicas=2)
-    ray.init(address="local", num_cpus=4, include_dashboard=False, namespace=f"served-{uuid.uuid4().hex}", log_to_driver=False)
+    start_local(num_cpus=4, namespace=f"served-{uuid.uuid4().hex}", log_to_driver=False)
     try:
         start_tools(config, APP)
         yield ray.remote(num_cpus=0)(Caller).remote(config)

@@ -17,6 +17,7 @@ ALLOWED = {
     "ray": {
         "toolrl_ray/placement.py",
         "toolrl_ray/cluster.py",
+        "toolrl_ray/local_ray.py",
         "toolrl_ray/submit.py",
         "toolrl_ray/tools_serving.py",
         "toolrl_ray/rollout/actor.py",

@@ -1,0 +1,54 @@
+"""A Ray that does not come up in its fixed time: what it had started is ended, and it is tried again."""
+
+from __future__ import annotations
+
+import subprocess
+
+import psutil
+import pytest
+import ray
+
+from toolrl_ray import local_ray
+from toolrl_ray.errors import UserError
+
+
+class SlowRay:
+    """Fails `failures` times, and leaves a process behind each time, as Ray does."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures, self.left, self.options = failures, [], []
+
+    def init(self, **options) -> None:
+        self.options.append(options)
+        if len(self.options) <= self.failures:
+            self.left.append(subprocess.Popen(["sleep", "60"]))
+            raise Exception("The current node timed out\nduring startup.")
+
+
+@pytest.fixture
+def bystander():
+    process = subprocess.Popen(["sleep", "60"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_start_that_times_out_is_tried_again_and_what_it_left_is_ended(monkeypatch, bystander) -> None:
+    slow, said = SlowRay(failures=2), []
+    monkeypatch.setattr(ray, "init", slow.init)
+    local_ray.start_local(said.append, num_cpus=2)
+    assert len(slow.options) == 3 and all(options == slow.options[0] for options in slow.options)
+    assert slow.options[0]["address"] == "local" and slow.options[0]["num_cpus"] == 2
+    assert said == ["Ray did not start (The current node timed out during startup.): trying again"] * 2
+    assert len(slow.left) == 2 and not any(psutil.pid_exists(process.pid) for process in slow.left)
+    assert bystander.poll() is None, "a process that was there before is not Ray's"
+
+
+def test_a_ray_that_never_starts_is_one_line(monkeypatch) -> None:
+    slow = SlowRay(failures=99)
+    monkeypatch.setattr(ray, "init", slow.init)
+    with pytest.raises(UserError, match="^a local Ray does not start: The current node timed out during startup.$"):
+        local_ray.start_local()
+    assert len(slow.left) == len(slow.options) == local_ray.TRIES
+    for process in slow.left:
+        process.wait(5)

@@ -1,0 +1,48 @@
+"""A Ray of one's own on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+
+from toolrl_ray.errors import UserError
+
+TRIES = 3
+END_S = 10.0
+
+
+def start_local(say: Callable[[str], None] = lambda _: None, **options: Any) -> None:
+    """`ray.init(address="local", **options)`, tried again where Ray does not come up.
+
+    Ray gives its processes a fixed 30 s, which a machine that is busy for a moment exceeds, and forgets those that it has started
+    by then: they are ended before the next try. Raises UserError after the last one.
+    """
+    import ray
+
+    options = {"address": "local", "include_dashboard": False, **options}
+    for left in reversed(range(TRIES)):
+        before = set(_children())
+        try:
+            ray.init(**options)
+        except Exception as error:  # of no class of its own
+            _end(set(_children()) - before)
+            reason = " ".join(str(error).split())[:200]
+            if not left:
+                raise UserError(f"a local Ray does not start: {reason}") from None
+            say(f"Ray did not start ({reason}): trying again")
+        else:
+            return
+
+
+def _children() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
+
+
+def _end(processes: set[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=END_S)
