@@ -52,7 +52,7 @@ def test_episodes_go_on_beside_a_job_as_far_as_the_staleness_bound_allows() -> N
 
     assert a_collector.beside("the update", job) == "done"
     assert stream.counts()["buffered"] == 2  # the next batch, and nothing beyond it before new weights are loaded
-    assert len(rollout.collections) == 2
+    assert len(rollout.collections) == 1
     stream.loaded(1)
     assert [t.request.group_id for t in a_collector.batch()[0]] == ["2", "3"]
 

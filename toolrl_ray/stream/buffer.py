@@ -10,14 +10,16 @@ tokens is of a version below l, so up to that update none is older than K update
     (I)  the groups in flight or buffered that are due at or before d are at most (d - s) B.
 
 - `admit` starts a group only while all there are, with it, are at most (l + K + 1 - s) B. No group is due later than that, so (I) holds.
-  In the first K batches it starts fewer: K counts from 0 up there. Were (K + 1) B groups started at once, the first batch would be made of
-  those that end soonest, which are of one kind (that call no tool, say), and there is nothing to be learned from one kind alone.
 - `next_batch` takes finished groups, those due first before others, and only when what stays behind keeps (I) at s + 1. Taking the
   earliest due leaves the fewest behind for every d at once, so if any choice of B finished groups keeps (I), this one does.
 - (I) at d = s + 1 says that all groups due at the next update fit into it, and `next_batch` leaves none of them behind.
 
 So every group is trained on at or before its due update, whatever its episodes' lengths: the bound is kept for every token, no trajectory
 is thrown away for its age, and a late episode holds up a batch only when it is due itself. K = 0: (B groups) in, all of them out.
+
+At the start (K + 1) B groups begin together. Were the first batch made of those that end soonest, it would hold one kind alone (episodes
+that call no tool, say), and the next ones too, from which there is nothing to learn. So the first batch, of a run and after a resume, is
+the B groups admitted first. While it is waited for, the others come forward, and from then on quick and slow ones finish as they begin.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import Any
 
 from toolrl_ray.config import StreamConfig
@@ -89,10 +91,8 @@ class Stream:
 
     def admit(self) -> list[EpisodeRequest]:
         """All episodes that may start now."""
-        k = self._config.max_staleness_steps
-        due = self.loaded_version + k + 1
-        last = self.loaded_version + min(k, self.num_handed - self._num_handed_before) + 1  # the last update to start groups for
-        room = (min(last, self._num_batches) - self.num_handed) * self._batch - len(self._groups)
+        due = self.loaded_version + self._config.max_staleness_steps + 1
+        room = (min(due, self._num_batches) - self.num_handed) * self._batch - len(self._groups)
         requests = []
         for _ in range(room):
             number = self._again.popleft() if self._again else self._next
@@ -166,8 +166,10 @@ class Stream:
         return batch
 
     def _is_ready(self, update: int) -> bool:
-        """Whether there is a batch, and (I) holds behind it. Asked at every poll, so it counts, and looks at no group."""
+        """Whether there is a batch, and (I) holds behind it. Asked at every poll, so it counts, and looks at no group after the first B."""
         if self._buffered.total() < self._batch or update > self._num_batches:
+            return False
+        if self.num_handed == self._num_handed_before and any(g.waiting for g in islice(self._groups.values(), self._batch)):
             return False
         room, num_behind = self._batch, 0
         for due in sorted(self._in_flight | self._buffered):

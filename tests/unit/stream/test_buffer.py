@@ -142,16 +142,15 @@ def test_strictly_on_policy_admits_one_batch_and_the_next_only_once_weights_are_
 
 def test_a_long_tail_does_not_block_a_batch_until_it_is_due() -> None:
     s = stream(k=2, batch=1)
-    s.add([finished(s.admit()[0], 0)])
+    first, slow, quick = s.admit()
+    s.add([finished(first, 0)])
     assert groups(s.next_batch() or []) == [0]
-    [slow] = s.admit()
     s.loaded(1)
-    [quick] = s.admit()
-    s.add([finished(quick, 1)])
+    s.add([finished(quick, 0)])
     assert groups(s.next_batch() or []) == [2]  # the slow one may still wait for update 3
     s.loaded(2)
-    third, *_ = s.admit()
-    s.add([finished(third, 2)])
+    fourth, *_ = s.admit()
+    s.add([finished(fourth, 2)])
     assert s.next_batch() is None  # now it is due, and nothing goes before it
     s.add([finished(slow, 0)])
     assert groups(s.next_batch() or []) == [1]
@@ -164,10 +163,30 @@ def test_the_first_batch_is_not_made_of_the_episodes_that_end_soonest_nor_is_tha
             state = s.state_dict()
             s = stream(k=2, batch=2)
             s.load_state_dict(state)
-        first = s.admit()
-        assert len(first) == 2  # and not the six that the bound would allow
-        s.add([finished(request, s.loaded_version) for request in first])
-        assert len(s.next_batch() or []) == 2
+        first, second, *others = s.admit()
+        assert len(others) == 4
+        s.add([finished(request, s.loaded_version) for request in [*others, second]])
+        assert s.next_batch() is None
+        s.add([finished(first, s.loaded_version)])
+        assert groups(s.next_batch() or []) == [int(first.group_id), int(second.group_id)]
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_every_batch_holds_slow_episodes_as_often_as_they_begin(k: int) -> None:
+    """Every other episode takes ten times as long as the one before it, and more than a learner's step (clock ticks)."""
+    quick, slow, learn, batch, num_batches = 3, 30, 5, 8, 12
+    s, running, now, busy_until, shares = stream(k=k, batch=batch, num_batches=num_batches), [], 0, 0, []
+    while s.num_handed < num_batches:
+        running += [(now + (slow if int(r.group_id) % 2 else quick), r, s.loaded_version) for r in s.admit()]
+        s.add([finished(request, version) for end, request, version in running if end == now])
+        running = [one for one in running if one[0] > now]
+        if now >= busy_until:
+            s.loaded(s.num_handed)
+            if ready := s.next_batch():
+                shares.append(sum(group % 2 for group in groups(ready)) / batch)
+                busy_until = now + learn
+        now += 1
+    assert shares == pytest.approx([0.5] * num_batches, abs=1 / batch)
 
 
 def test_a_token_older_than_the_bound_is_an_error_that_names_the_episode() -> None:
@@ -236,5 +255,5 @@ def test_what_is_there_is_described() -> None:
     requests = s.admit()
     s.add([finished(requests[0], 0)])
     assert s.describe() == (
-        "stream: 0 batches handed over, engines at version 0; prompts: 0 pending, 1 in_flight, 1 buffered, 0 trained, 0 dropped"
+        "stream: 0 batches handed over, engines at version 0; prompts: 0 pending, 3 in_flight, 1 buffered, 0 trained, 0 dropped"
     )
