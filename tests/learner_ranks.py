@@ -84,6 +84,37 @@ def lora_main(rank: int, world_size: int, address: str, model: str, out: str) ->
     torch.distributed.destroy_process_group()
 
 
+def bfloat16_config(microbatch_tokens: int, zero_stage: int = 2, dtype: str = "bfloat16"):
+    """One optimiser step an update, unclipped."""
+    learner = {"zero_stage": zero_stage, "max_microbatch_tokens": microbatch_tokens, "max_grad_norm": 100.0}
+    return run_config(policy={"dtype": dtype}, learner=learner, algo={"num_epochs": 1, "num_minibatches": 1})
+
+
+def bfloat16_main(rank: int, model: str, address: str, out: str) -> None:
+    """Leaves {(ZeRO stage, tokens of a microbatch): `gradient`} in the file `out`."""
+    torch.set_num_threads(1)
+    cases = ((2, 8192), (2, 1), (3, 1))
+    results = {case: gradient(Learner(bfloat16_config(case[1], case[0]), model, rank, 1, address)) for case in cases}
+    torch.save(results, out)
+
+
+def gradient(learner: Learner) -> torch.Tensor:
+    """All of it, in one vector, that an update on 128 rows steps by."""
+    import deepspeed
+
+    step, found = learner.engine.step, []
+
+    def looked() -> float:
+        for _, p in learner.engine.module.named_parameters():
+            whole = p.grad if p.grad is not None else deepspeed.utils.safe_get_full_grad(p)
+            found.append(whole.detach().float().flatten().clone())
+        return step()
+
+    learner.engine.step = looked
+    learner.update(random_trajectories(128))
+    return torch.cat(found)
+
+
 def free_address() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -12,10 +12,10 @@ from learner_synthetic import random_trajectories, run_config
 from toolrl_ray.learner.update import Learner
 
 KINDS = {"float32": {}, "bfloat16": {"dtype": "bfloat16"}, "lora": {"lora": {"rank": 4}}}
-SAVED = [(kind, stage) for kind in ("float32", "bfloat16") for stage in range(4)] + [("lora", 2), ("lora", 3)]  # on two ranks
+SAVED = [*(("float32", stage) for stage in range(4)), *((kind, stage) for kind in ("bfloat16", "lora") for stage in (2, 3))]  # two ranks
 CROSS = {  # {number of ranks: (one of SAVED, or plain PyTorch; the ZeRO stage that goes on from it)}
-    2: [("plain", 1), ("plain", 3), ("float32-2", 0), ("float32-2", 3), ("bfloat16-0", 3)],
-    1: [("float32-2", 0), ("float32-3", 2), ("bfloat16-3", 0), ("lora-2", 3)],
+    2: [("plain", 1), ("plain", 3), ("float32-2", 0), ("float32-2", 3), ("bfloat16-2", 3)],
+    1: [("float32-2", 0), ("float32-3", 2), ("bfloat16-3", 2), ("lora-2", 3)],
 }
 BEFORE, AFTER = (0, 1), (2, 3)  # seeds of the updates
 

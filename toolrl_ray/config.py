@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_serializer, field_validator, model_validator
 
@@ -15,6 +15,10 @@ from toolrl_ray.contradictions import contradictions
 from toolrl_ray.episode.shown import SHOWN, check_template
 from tools_service.config import PoolConfig, Section, ToolSet
 from tools_service.protocol import ToolStatus
+
+MIN_TEMPERATURE = 0.01  # vLLM takes a lower one for this, without a word, and the learner would divide by another than the sampler
+MAX_SEED = 2**31  # NumPy's is below 2**32, and each engine adds its own stride
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class LoraConfig(Section):
@@ -55,7 +59,7 @@ class BootstrapConfig(Section):
     batch_size: int = Field(32, ge=1)
     lr: float = Field(2e-3, gt=0)
     tool_share: float = Field(0.4, ge=0, lt=0.5)  # demonstrations that use the tool; the others guess
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=MAX_SEED)
 
 
 class ToolsConfig(ToolSet):
@@ -127,7 +131,7 @@ class RolloutConfig(Section):
     max_actors: int | None = Field(None, ge=1)
     num_cpus: float = Field(1, ge=0)  # per RolloutActor
     num_gpus: float = Field(0, ge=0)
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, ge=MIN_TEMPERATURE)
     max_in_flight: int = Field(64, ge=1)  # episodes per actor; one that waits for its tool leaves its place to another
     num_threads: int = Field(1, ge=1)  # of the engine on CPU
     kv_cache_gib: float = Field(1, gt=0)  # on CPU
@@ -190,7 +194,7 @@ class LearnerConfig(Section):
     lr: float = Field(1e-3, gt=0)
     critic_lr: float | None = Field(None, gt=0)  # of the value head and of a separate critic; null: lr
     weight_decay: float = Field(0.0, ge=0)
-    adam_betas: tuple[float, float] = (0.9, 0.95)
+    adam_betas: tuple[Beta, Beta] = (0.9, 0.95)
     max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=True)  # .inf clips nothing
     warmup_steps: int = Field(0, ge=0)  # of the learning rate, in optimiser steps
     max_microbatch_tokens: int = Field(8192, ge=1)
@@ -240,7 +244,7 @@ class EvalConfig(Section):
 
     num_tasks: int = Field(500, ge=1)
     num_samples: int | None = Field(None, ge=0)  # per task; null: 4 in `toolrl eval`, none in the evaluations of a training run
-    temperature: float = Field(1.0, gt=0)  # of those samples
+    temperature: float = Field(1.0, ge=MIN_TEMPERATURE)  # of those samples
     every_steps: int = Field(0, ge=0)  # so often, the tasks ride along with the next step's collection; 0: only before and after
     max_in_flight: int = Field(128, ge=1)  # episodes per actor, of an evaluation on its own
 
@@ -259,7 +263,7 @@ class TrackingConfig(Section):
 
 class RunConfig(Section):
     recipe: str
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=MAX_SEED)
     run_dir: str | None = None  # default: runs/RECIPE-TIME
     policy: PolicyConfig = PolicyConfig()
     bootstrap: BootstrapConfig = BootstrapConfig()

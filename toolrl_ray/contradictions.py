@@ -29,6 +29,11 @@ def contradictions(config: RunConfig) -> Iterator[str]:
             f"policy.lora.rank={config.policy.lora.rank} contradicts policy.separate_critic=true: its trunk would be a second copy of the "
             "model, trained whole; set policy.separate_critic=false or policy.lora=null"
         )
+    if config.policy.dtype == "bfloat16" and config.learner.zero_stage < 2:
+        yield (
+            f"policy.dtype=bfloat16 contradicts learner.zero_stage={config.learner.zero_stage}: DeepSpeed would add up the gradients of "
+            "microbatches in bfloat16; set learner.zero_stage=2 or 3, which also run on one rank"
+        )
     if config.policy.path == "tiny" and longest > readable:
         yield (
             f"episode.max_context_tokens={longest} contradicts bootstrap.max_context_tokens={readable}, the longest text that the "
@@ -89,11 +94,18 @@ def _gpu_contradictions(config: RunConfig) -> Iterator[str]:
     for section, gpus, count in (("rollout", rollout.num_gpus, actors), ("learner", learner.num_gpus, ranks)):
         if gpus > 1:
             yield f"{section}.num_gpus={gpus:g} contradicts {count}: each uses one GPU; set {section}.num_gpus=1 and raise the count"
+        if getattr(config, section).num_cpus == 0 and gpus == 0:
+            yield (
+                f"{section}.num_cpus=0 contradicts {section}.num_gpus=0: Ray places nobody who asks for nothing; "
+                f"set {section}.num_cpus=0.1 or more"
+            )
         if gpus == 0 and on_gpus:
             yield (
                 f"weights.backend={backend} contradicts {section}.num_gpus=0: it carries weights between GPUs; "
                 f"give {section}.num_gpus a GPU or set weights.backend=auto"
             )
+    if learner.num_ranks > 1 and 0 < learner.num_gpus < 1:
+        yield f"learner.num_gpus={learner.num_gpus:g} contradicts {ranks}: ranks cannot share a GPU; set learner.num_gpus=1 or 0"
     if rollout.engine == "transformers" and on_gpus:
         yield f"rollout.engine=transformers contradicts weights.backend={backend}, which vLLM alone has; set weights.backend=auto"
     if rollout.num_gpus == 0 or learner.num_gpus == 0:

@@ -78,7 +78,7 @@ def test_a_learner_restored_elsewhere_goes_on_alike(source, where, out):
     assert max(float((found_moments[key] - moments[key]).abs().max()) for key in moments) < 1e-5
 
 
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", [2, 3])
 def test_bfloat16_keeps_the_float32_weights_that_half_precision_cannot_hold(stage, out):
     weights = load_file(out / f"bfloat16-{stage}" / "saved" / state.MODEL)
     assert all(weight.dtype == torch.float32 for weight in weights.values())

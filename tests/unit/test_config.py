@@ -97,6 +97,12 @@ def test_an_unknown_section_is_named_with_the_sections(recipe: str) -> None:
         ("algo.clip_eps_low=1.5", ["algo.clip_eps_low", "1.5", "less than 1"]),
         ("bootstrap.hidden_size=100", ["bootstrap.hidden_size", "100", "multiple of 32"]),
         ("train=5", ["train", "5"]),
+        ("rollout.temperature=0.001", ["rollout.temperature", "0.001", "greater than or equal to 0.01"]),
+        ("eval.temperature=0", ["eval.temperature", "greater than or equal to 0.01"]),
+        ("learner.adam_betas=[0.9,1.5]", ["learner.adam_betas", "1.5", "less than 1"]),
+        ("seed=-1", ["seed", "-1", "greater than or equal to 0"]),
+        ("seed=4294967296", ["seed", "4294967296", "less than 2147483648"]),
+        ("bootstrap.seed=4294967296", ["bootstrap.seed", "4294967296", "less than 2147483648"]),
     ],
 )
 def test_a_value_out_of_range_is_named_with_what_is_allowed(recipe: str, override: str, parts: list[str]) -> None:
@@ -110,6 +116,10 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(recipe: str, overrid
         (["task.path=x.jsonl"], ["x.jsonl'", "task.source='generated'", "set task.source=gsm8k"]),
         (["algo.advantage=grpo", "algo.kl_coef=0"], ["algo.advantage=grpo", "train.group_size=1", "set train.group_size=2"]),
         (["algo.advantage=rloo", "train.group_size=4"], ["algo.advantage=rloo", "algo.kl_in=reward", "set algo.kl_in=loss"]),
+        (["rollout.num_cpus=0"], ["rollout.num_cpus=0", "rollout.num_gpus=0", "set rollout.num_cpus=0.1 or more"]),
+        (["learner.num_cpus=0"], ["learner.num_cpus=0", "learner.num_gpus=0", "set learner.num_cpus=0.1 or more"]),
+        (["learner.num_gpus=0.5", "learner.num_ranks=2"], ["learner.num_gpus=0.5", "learner.num_ranks=2", "set learner.num_gpus=1 or 0"]),
+        (["policy.dtype=bfloat16"], ["policy.dtype=bfloat16", "learner.zero_stage=0", "set learner.zero_stage=2 or 3"]),
         (["algo.kl_in=loss"], ["algo.kl_estimator=k1", "algo.kl_in=loss", "set algo.kl_estimator=k2 or k3"]),
         (["tools.custom.Mine=mine.py:Mine"], ["tools.custom.Mine", "tools.names=['SimpleCalculatorTool']", "add it there"]),
         (["tools.app=x", "tools.options.SimpleCalculatorTool.a=1"], ["tools.app='x'", "tools.options={'Si", "set tools.options={} or"]),
@@ -156,8 +166,8 @@ ON_ONE_GPU = ["rollout.num_gpus=0.5", "learner.num_gpus=0.5", "rollout.gpu_memor
             ["weights.backend=ipc", "rollout.num_gpus=1 and learner.num_gpus=1", "rollout.num_gpus=0.5", "or weights.backend=auto"],
         ),
         (
-            [*ON_ONE_GPU, "weights.backend=ipc", "learner.num_ranks=2"],
-            ["weights.backend=ipc", "learner.num_ranks=2", "set one of each"],
+            [*ON_ONE_GPU, "weights.backend=ipc", "rollout.num_actors=2"],
+            ["weights.backend=ipc", "rollout.num_actors=2", "set one of each"],
         ),
         (
             [*ON_ONE_GPU, "weights.backend=nccl"],

@@ -22,7 +22,7 @@ KINDS = {
     "gae": SECTIONS,
     "separate critic": SECTIONS | {"policy": {"separate_critic": True}},
     "lora": SECTIONS | {"policy": {"lora": {"rank": 4}}},
-    "bfloat16": SECTIONS | {"policy": {"dtype": "bfloat16"}},
+    "bfloat16": SECTIONS | {"policy": {"dtype": "bfloat16"}, "learner": SECTIONS["learner"] | {"zero_stage": 2}},
 }
 
 
