@@ -25,7 +25,7 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 
-GPU = Path("/dev/nvidiactl")
+NO_GPU = "no NVIDIA GPU here that .venv's torch can use; runs where torch.cuda.is_available()"
 
 
 def data_dir() -> Path | None:
@@ -53,9 +53,11 @@ def gsm8k_calculator() -> Path:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("java") is not None)
-    here = Path(__file__).parent
-    for item in items:
-        if item.path.is_relative_to(here / "gpu"):
-            item.add_marker(pytest.mark.gpu)
-            if not GPU.exists():
-                item.add_marker(pytest.mark.skip(reason=f"no NVIDIA GPU here; runs where {GPU} exists"))
+    for_gpus = [item for item in items if item.path.is_relative_to(Path(__file__).parent / "gpu")]
+    if not for_gpus:
+        return
+    import torch
+
+    for item in for_gpus:
+        item.add_marker(pytest.mark.gpu)
+        item.add_marker(pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU))

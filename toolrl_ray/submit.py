@@ -13,6 +13,7 @@ from typing import Any
 from toolrl_ray.errors import UserError
 
 POLL_S = 1.0
+LOST_S = 60.0  # without an answer, after which a job that is waited for is given up
 STOP_WAIT_S = 30  # that a job has to end in after SIGTERM
 
 
@@ -26,8 +27,12 @@ def _told(address: str) -> Iterator[None]:
     except AuthenticationError:
         raise UserError(f"the cluster at {address} wants a token: export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN=...") from None
     except (OSError, RuntimeError) as error:  # requests has a ConnectionError of its own, which is an OSError
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"no Ray job server at {address} ({first}); start a cluster (ray start --head) or give --address") from None
+        remedy = "start a cluster (ray start --head) or give --address"
+        raise UserError(f"no Ray job server at {address} ({_first_line(error)}); {remedy}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def job_client(address: str | None) -> tuple[Any, str]:
@@ -75,10 +80,17 @@ def submit(address: str | None, arguments: list[str], *, wait: bool, say: Callab
     say(f"submitted {job} to {address}; logs: ray job logs {job} --address {address}")
     if not wait:
         return 0
-    shown = 0
+    shown, seen_at = 0, time.monotonic()
     while True:
-        status = client.get_job_status(job)
-        logs = client.get_job_logs(job)
+        try:
+            status, logs = client.get_job_status(job), client.get_job_logs(job)
+        except (OSError, RuntimeError) as error:  # a request that is lost is not the job
+            if time.monotonic() - seen_at > LOST_S:
+                remedy = f"it may go on there: ray job logs {job} --address {address}"
+                raise UserError(f"{job} is out of sight for {LOST_S:.0f} s ({_first_line(error)}); {remedy}") from None
+            time.sleep(POLL_S)
+            continue
+        seen_at = time.monotonic()
         print(logs[shown:], end="", flush=True)
         shown = len(logs)
         if status.is_terminal():

@@ -1,4 +1,4 @@
-"""Where a job that is submitted starts."""
+"""Where a job that is submitted starts, and how it is waited for."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import requests
+from ray.job_submission import JobStatus
 
 from toolrl_ray import submit, sweep, sweep_cli, sweep_runs
+from toolrl_ray.errors import UserError
 
 
 @pytest.fixture
@@ -55,3 +58,41 @@ def test_a_run_of_a_study_starts_where_the_study_was_made(jobs: list[str], tmp_p
     assert isinstance(running := start(runs[0], 0), sweep_runs.JobRun)
     running.kill()
     assert jobs[0].startswith(f"{tmp_path} train calculator ")
+
+
+class Lossy:
+    """A job server of which every `lost` of four requests get no answer."""
+
+    def __init__(self, lost: int) -> None:
+        self.lost, self.asked = lost, 0
+
+    def submit_job(self, **_) -> str:
+        return "job-1"
+
+    def get_job_status(self, job: str) -> JobStatus:
+        self.asked += 1
+        if self.asked % 4 < self.lost:
+            raise requests.ConnectionError("Connection aborted.\nmore")
+        return JobStatus.SUCCEEDED if self.asked > 8 else JobStatus.RUNNING
+
+    def get_job_logs(self, job: str) -> str:
+        return "step 1\n"
+
+
+@pytest.fixture
+def lossy(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(submit, "POLL_S", 0.01)
+    monkeypatch.setattr(submit, "LOST_S", 0.2)
+    return lambda client: monkeypatch.setattr(submit, "job_client", lambda address: (client, "http://head:8265"))
+
+
+def test_requests_that_are_lost_do_not_end_the_wait_for_a_job(lossy, capsys) -> None:
+    lossy(client := Lossy(lost=3))
+    assert submit.submit(None, ["calculator"], wait=True, say=lambda _: None) == 0
+    assert client.asked > 8 and capsys.readouterr().out == "step 1\n"
+
+
+def test_a_job_that_is_out_of_sight_for_long_is_one_line_that_says_how_to_find_it(lossy) -> None:
+    lossy(Lossy(lost=4))
+    with pytest.raises(UserError, match=r"^job-1 is out of sight for 0 s \(Connection aborted.\); .*ray job logs job-1 --address"):
+        submit.submit(None, ["calculator"], wait=True, say=lambda _: None)

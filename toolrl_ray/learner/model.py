@@ -91,12 +91,12 @@ class PolicyWithValue(nn.Module):
             hidden = self._hidden
         finally:
             self._selection = self._hidden = None
-        logits = logits.squeeze(0).float() / self.temperature  # [N, V]
-        logprobs = logprobs_from_logits(logits, input_ids[rows, positions + 1])
+        logits = logits.squeeze(0)  # [N, V] in the model's dtype: all of it in float32 would be several GB
+        logprobs = logprobs_from_logits(logits, input_ids[rows, positions + 1], self.temperature)
         entropies = None
         if entropy:
             with torch.set_grad_enabled(self.entropy_grad and torch.is_grad_enabled()):
-                entropies = entropy_from_logits(logits)
+                entropies = entropy_from_logits(logits, self.temperature)
         if self.value_head is None:
             return logprobs, entropies, None
         if self.critic_trunk is not None:

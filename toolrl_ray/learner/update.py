@@ -116,9 +116,9 @@ class Learner:
         if batch.num_trained:
             targets = self._targets(batch)
             metrics |= target_metrics(batch, targets, self.config.algo)
-            if "objective/kl" in metrics:
-                self.kl_controller.update(metrics["objective/kl"], len(trajectories))
             metrics |= self._train(batch, targets)
+            if "objective/kl" in metrics:  # from the next update on
+                self.kl_controller.update(metrics["objective/kl"], len(trajectories))
             self.policy_version += 1
         else:
             metrics |= {"ppo/num_updates": 0.0, "ppo/num_skipped_updates": 0.0, "ppo/lr": self.engine.lr}

@@ -72,7 +72,22 @@ def test_chunks_of_rows_change_neither_values_nor_gradients(monkeypatch, chunk_e
         torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-14)
 
 
-def test_chunks_keep_no_copy_of_the_logits_for_the_backward_pass(monkeypatch):
+def test_a_temperature_divides_the_logits_of_logprobs_and_entropy_and_of_their_gradients():
+    def run(temperature, divided_before):
+        logits, ids = logits_and_ids()
+        logits.requires_grad_()
+        given, left = (logits / temperature, 1.0) if divided_before else (logits, temperature)
+        logprobs, entropy = logprobs_from_logits(given, ids, left), entropy_from_logits(given, left)
+        (logprobs + 2 * entropy).sum().backward()
+        return logprobs.detach(), entropy.detach(), logits.grad
+
+    for got, want in zip(run(0.5, False), run(0.5, True), strict=True):
+        torch.testing.assert_close(got, want)
+    assert not torch.allclose(run(0.5, False)[0], run(1.0, False)[0])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_chunks_keep_no_copy_of_the_logits_for_the_backward_pass(monkeypatch, temperature):
     monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 32 * 100)
     logits = torch.randn(256, 100, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
     saved: list[torch.Tensor] = []
@@ -82,7 +97,8 @@ def test_chunks_keep_no_copy_of_the_logits_for_the_backward_pass(monkeypatch):
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        total = logprobs_from_logits(logits, torch.zeros(256, dtype=torch.long)).sum() + entropy_from_logits(logits).sum()
+        ids = torch.zeros(256, dtype=torch.long)
+        total = logprobs_from_logits(logits, ids, temperature).sum() + entropy_from_logits(logits, temperature).sum()
     own = logits.untyped_storage().data_ptr()
     assert sum(x.nbytes for x in saved if x.untyped_storage().data_ptr() != own) < logits.nbytes / 4
     total.backward()
