@@ -89,7 +89,7 @@ def run(arguments: list[str]) -> int:
         ("eval calculator --transcripts none/here", ["'none/here'", "/none'", "make it first"]),
         ("eval calculator --transcripts used/file", ["'used/file'", "is a file"]),
         ("eval calculator --transcripts evaluated", ["'evaluated'", "trajectories.jsonl already", "another folder"]),
-        ("eval calculator eval.temperature=0", ["eval.temperature=0", "greater than 0"]),
+        ("eval calculator eval.temperature=0", ["eval.temperature=0", "greater than or equal to 0.01"]),
         ("bootstrap calculator policy.path=org/name", ["policy.path='org/name'", "policy.path=tiny"]),
         ("submit calculator train.num_steps=x", ["train.num_steps='x'"]),
         ("submit calculator --resume runs/one", ["RECIPE='calculator'", "--resume"]),
