@@ -18,8 +18,9 @@ from toolrl_ray.errors import MissingDependency, PlacementError, ToolRLError, Us
 EXIT_ERROR, EXIT_USER, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 
 
-class Terminated(BaseException):
-    """SIGTERM arrived: unwind as for Ctrl-C, so that nothing stays behind."""
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived: unwind as for Ctrl-C, so that nothing stays behind. Of its kind, so that no tool's call that it meets takes it
+    for an error of the tool."""
 
 
 def say(line: str) -> None:
@@ -46,10 +47,10 @@ def main(arguments: list[str] | None = None) -> int:
         if options.verbose:
             raise
         return _end(f"{type(error).__name__}: {error}", EXIT_ERROR, error)
-    except KeyboardInterrupt as error:
-        return _end("interrupted", EXIT_INTERRUPTED, error)
     except Terminated as error:
         return _end("terminated", EXIT_TERMINATED, error)
+    except KeyboardInterrupt as error:
+        return _end("interrupted", EXIT_INTERRUPTED, error)
 
 
 def _end(message: str, code: int, error: BaseException) -> int:

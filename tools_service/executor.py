@@ -13,10 +13,11 @@ import inspect
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 from tools_service.protocol import AsyncTool, Tool, ToolCall, ToolResult, ToolStatus
-from tools_service.runner import MAX_OUTPUT_CHARS, failed, not_text, run_tool, tool_info
+from tools_service.runner import MAX_OUTPUT_CHARS, ends_program, failed, not_text, run_tool, tool_info
 
 BATCH_PATIENCE_S = 0.1  # after which a batch in a thread is broken up; 64 calculations take about a millisecond
 ANSWER_MARGIN_S = 0.05  # by which an AsyncTool has less time than its caller waits, so that its own answer arrives
@@ -41,16 +42,16 @@ class _Job:
         self.done = asyncio.Event()
 
     def run(self) -> None:
-        for call in self._calls:
-            if self.stop:
-                break
-            late = time.monotonic() - self._received > call.deadline_s
-            self.results.append(timed_out(call.deadline_s) if late else run_tool(self._tool, call.argument))
-        self.finished = True
         try:
-            self._loop.call_soon_threadsafe(self.done.set)
-        except RuntimeError:  # the loop has ended: nobody waits any more
-            return
+            for call in self._calls:
+                if self.stop:
+                    break
+                late = time.monotonic() - self._received > call.deadline_s
+                self.results.append(timed_out(call.deadline_s) if late else run_tool(self._tool, call.argument))
+        finally:
+            self.finished = True
+            with suppress(RuntimeError):  # the loop has ended: nobody waits any more
+                self._loop.call_soon_threadsafe(self.done.set)
 
 
 class Executor:
@@ -114,6 +115,8 @@ class Executor:
                 if not task.done():  # the tool has gone past its deadline, or the caller has gone
                     task.cancel()
                     self._overdue.append((time.monotonic() + CANCEL_PATIENCE_S, task.done))
+                elif not task.cancelled():
+                    task.exception()  # seen: of a task that Ctrl-C has ended nobody asks for the result
         results: list[ToolResult | None] = []
         for part, task in parts:
             if not task.done():
@@ -127,7 +130,9 @@ class Executor:
     async def _call_one(self, call: ToolCall) -> list[ToolResult]:
         try:
             return [self._sound(call, await self._tool.call(call))]
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
+            if _comes_from_outside(error):
+                raise
             return [failed(self.info.name, call.argument, error)]
 
     async def _call_many(self, calls: list[ToolCall]) -> list[ToolResult]:
@@ -135,7 +140,9 @@ class Executor:
             results = await self._tool.call_many(calls)
             if len(results) != len(calls):
                 raise ValueError(f"{len(results)} results for {len(calls)} calls")
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
+            if _comes_from_outside(error):
+                raise
             return [failed(self.info.name, call.argument, error) for call in calls]
         return [self._sound(call, result) for call, result in zip(calls, results, strict=True)]
 
@@ -182,6 +189,14 @@ class Executor:
         self._overdue = [(since, ended) for since, ended in self._overdue if not ended()]
         now = time.monotonic()
         return sum(since <= now for since, _ in self._overdue)
+
+
+def _comes_from_outside(error: BaseException) -> bool:
+    """What reaches a tool in the event loop and is not its own: the cancellation of its call, and Ctrl-C."""
+    if isinstance(error, asyncio.CancelledError):
+        task = asyncio.current_task()
+        return task is not None and task.cancelling() > 0
+    return ends_program(error)
 
 
 def timed_out(deadline_s: float) -> ToolResult:

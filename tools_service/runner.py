@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -73,16 +74,23 @@ def tool_info(tool: Tool | AsyncTool) -> ToolInfo:
 
 
 def run_tool(tool: Tool, argument: str) -> ToolResult:
-    """Calls the tool once. Never raises; output beyond MAX_OUTPUT_CHARS is cut and marked as truncated."""
+    """Calls the tool once. Never raises but for Ctrl-C; output beyond MAX_OUTPUT_CHARS is cut and marked as truncated."""
     start = time.perf_counter()
     try:
         output = tool(argument)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # a panic of Rust code among it
+        if ends_program(error):
+            raise
         return failed(tool.name, argument, error, time.perf_counter() - start)
     if not isinstance(output, str):
         return not_text(tool.name, argument, output, time.perf_counter() - start)
     truncated = len(output) > MAX_OUTPUT_CHARS
     return ToolResult(ToolStatus.OK, output[:MAX_OUTPUT_CHARS], time.perf_counter() - start, truncated)
+
+
+def ends_program(error: BaseException) -> bool:
+    """Ctrl-C, which arrives in the main thread, in whatever runs there. In another thread the tool itself has raised it."""
+    return isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
 
 
 def failed(name: str, argument: str, error: BaseException, latency_s: float = 0.0) -> ToolResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import shlex
@@ -22,6 +23,8 @@ from tools_service.http_app import make_app
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON_TOOL = '''
 import asyncio
+import os
+import signal
 import time
 
 
@@ -36,6 +39,14 @@ def weekday(date: str, short: bool = False) -> str:
 def fails(x: str) -> str:
     """Fails."""
     raise ValueError("a secret")
+
+
+class Killed:
+    name, description, idempotent = "Killed", "SIGTERM arrives in its call.", True
+
+    async def call(self, call):
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(60)
 
 
 class Slow:
@@ -65,7 +76,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "own.yaml").write_text(
         "names: [Weekday, Fails]\ncustom: {Weekday: 'own.py:weekday', Fails: 'own.py:fails'}\npools: {Fails: {max_in_flight: 2}}\n"
     )
-    for name in ("Slow", "Blocks"):
+    for name in ("Slow", "Blocks", "Killed"):
         (tmp_path / f"{name}.yaml").write_text(f"names: [{name}]\ncustom: {{{name}: 'own.py:{name}'}}\nstart_timeout_s: 0.1\n")
     (tmp_path / "bad.yaml").write_text("names: [1")
     (tmp_path / "odd.yaml").write_text("start_timeout_s: 0x_")
@@ -172,6 +183,14 @@ def test_a_call_that_fails_says_its_status_on_stderr(capsys: pytest.CaptureFixtu
     assert run("tools call SimpleCalculatorTool 1/0 --local") == 1
     written = capsys.readouterr()
     assert (written.out, written.err) == ("", "tool_error: division by zero\n")
+
+
+def test_sigterm_in_the_midst_of_a_call_ends_the_command(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run("tools call Killed x --local --config Killed.yaml") == 143
+    gc.collect()  # a task of which nobody has seen the end logs it then
+    assert (capsys.readouterr().err, caplog.text) == ("toolrl: terminated\n", "")
 
 
 def test_the_argument_may_come_from_stdin(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,10 @@ from tools_service.protocol import ToolCall, ToolError, ToolResult, ToolStatus
 OK, TIMEOUT, TOOL_ERROR = ToolStatus.OK, ToolStatus.TIMEOUT, ToolStatus.TOOL_ERROR
 
 
+class Panic(BaseException):
+    """As Rust code raises it through pyo3."""
+
+
 class Scripted:
     """Does what the argument says. "stall" never ends, "stubborn" not even when it is cancelled; what happens is in `log`."""
 
@@ -52,8 +56,12 @@ class Scripted:
                 raise ToolError("no such thing")
             case "crash":
                 raise KeyError("secret")
+            case "panic":
+                raise Panic
             case "cancel itself":
                 raise asyncio.CancelledError
+            case "interrupt":
+                raise KeyboardInterrupt
             case "none":
                 return None
             case "long":
@@ -70,6 +78,8 @@ class Many(Scripted):
         self.log.append(" ".join(call.argument for call in calls))
         if any(call.argument == "stall" for call in calls):
             await asyncio.Event().wait()
+        if any(call.argument == "panic" for call in calls):
+            raise Panic
         return [ToolResult(OK, call.argument) for call in calls if call.argument != "lose one"]
 
 
@@ -86,6 +96,7 @@ def run(tool, *arguments, deadline_s=5.0):
         ("fine", OK, "fine"),
         ("error", TOOL_ERROR, "no such thing"),
         ("crash", TOOL_ERROR, "the tool failed with KeyError"),
+        ("panic", TOOL_ERROR, "the tool failed with Panic"),
         ("cancel itself", TOOL_ERROR, "the tool failed with CancelledError"),
         ("none", TOOL_ERROR, "the tool returned NoneType instead of text"),
     ],
@@ -182,6 +193,15 @@ def test_a_batch_that_stalls_is_sent_back_at_half_its_shortest_deadline():
 
 def test_a_batch_with_a_result_too_few_is_an_error_of_the_tool():
     assert [(r.status, r.text) for r in run(Many(), "a", "lose one")] == [(TOOL_ERROR, "the tool failed with ValueError")] * 2
+
+
+def test_a_batch_whose_tool_panics_is_an_error_of_the_tool():
+    assert [(r.status, r.text) for r in run(Many(), "a", "panic")] == [(TOOL_ERROR, "the tool failed with Panic")] * 2
+
+
+def test_ctrl_c_ends_the_program_and_not_the_call():
+    with pytest.raises(KeyboardInterrupt):
+        run(Scripted(), "interrupt")
 
 
 def test_start_sessions_and_close_reach_the_tool_that_has_them():

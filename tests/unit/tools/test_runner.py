@@ -12,6 +12,10 @@ from tools_service.protocol import ToolCall, ToolError, ToolStatus
 from tools_service.runner import MAX_OUTPUT_CHARS, builtin_tools, run_tool, tool_info
 
 
+class Panic(BaseException):
+    """As Rust code raises it through pyo3."""
+
+
 class Scripted:
     """A tool that does what its argument says. "stall" waits until `release`."""
 
@@ -34,6 +38,12 @@ class Scripted:
                 raise KeyError("secret detail")
             case "exit":
                 raise SystemExit(1)
+            case "panic":
+                raise Panic
+            case "cancelled":
+                raise asyncio.CancelledError
+            case "interrupt":
+                raise KeyboardInterrupt
             case "none":
                 return None
             case "long":
@@ -57,6 +67,8 @@ def calls(*pairs):
         ("lie", ToolStatus.TOOL_ERROR, "all is well"),
         ("crash", ToolStatus.TOOL_ERROR, "the tool failed with KeyError"),
         ("exit", ToolStatus.TOOL_ERROR, "the tool failed with SystemExit"),
+        ("panic", ToolStatus.TOOL_ERROR, "the tool failed with Panic"),
+        ("cancelled", ToolStatus.TOOL_ERROR, "the tool failed with CancelledError"),
         ("none", ToolStatus.TOOL_ERROR, "the tool returned NoneType instead of text"),
     ],
 )
@@ -64,6 +76,22 @@ def test_every_end_of_a_tool_is_a_named_result(argument, status, text):
     result = run_tool(Scripted(), argument)
     assert (result.status, result.text, result.truncated) == (status, text, False)
     assert result.latency_s >= 0
+
+
+def test_ctrl_c_ends_the_program_and_not_the_call():
+    with pytest.raises(KeyboardInterrupt):
+        run_tool(Scripted(), "interrupt")
+
+
+@pytest.mark.parametrize("argument", ["panic", "cancelled", "interrupt"])
+def test_whatever_a_tool_raises_in_its_thread_ends_its_call_and_blocks_no_other(argument):
+    async def scenario():
+        executor = Executor(Scripted(), 1)
+        results = [await executor.run(calls((name, 60.0))) for name in (argument, argument, "fine")]
+        return [result.status for [result] in results], executor.stats()
+
+    errors = [ToolStatus.TOOL_ERROR] * 2
+    assert asyncio.run(asyncio.wait_for(scenario(), 30)) == ([*errors, ToolStatus.OK], {"overdue": 0.0})
 
 
 def test_endless_output_is_cut_and_marked():
