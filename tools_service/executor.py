@@ -1,9 +1,9 @@
 """Runs calls of one tool from one event loop, each with a deadline: a `Tool` in threads, an `AsyncTool` in the loop itself. What a
 replica and `--in-process` share.
 
-A thread cannot be killed. A call that runs past its deadline is answered TIMEOUT and its thread left to finish by itself. The task of
-an AsyncTool is cancelled, at its deadline and when its caller has gone. `check` reports a tool that has too many threads or tasks
-which do not end, so that whoever supervises the process can replace it.
+A thread cannot be killed. A call that runs past its deadline is answered TIMEOUT and its thread left to finish by itself, and so is that
+of a call whose caller has gone. The task of an AsyncTool is cancelled, at its deadline and when its caller has gone. `check` reports a
+tool that has too many threads or tasks which run past their deadline and do not end, so that whoever supervises the process can replace it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tools_service.runner import MAX_OUTPUT_CHARS, ends_program, failed, not_tex
 BATCH_PATIENCE_S = 0.1  # after which a batch in a thread is broken up; 64 calculations take about a millisecond
 ANSWER_MARGIN_S = 0.05  # by which an AsyncTool has less time than its caller waits, so that its own answer arrives
 CANCEL_PATIENCE_S = 5.0  # in which a cancelled task has to end
-PROBE_TIMEOUT_S = 10.0
+PROBE_TIMEOUT_S = 10.0  # at most
 
 
 class UnhealthyTool(RuntimeError):
@@ -32,11 +32,11 @@ class UnhealthyTool(RuntimeError):
 class _Job:
     """The calls of one request, run one after another in one thread. `results` fills up from the front."""
 
-    def __init__(self, tool: Tool, calls: list[ToolCall]):
+    def __init__(self, tool: Tool, calls: list[ToolCall], note: Callable[[ToolResult], None]):
         self.results: list[ToolResult] = []
         self.stop = False
         self.finished = False
-        self._tool, self._calls = tool, calls
+        self._tool, self._calls, self._note = tool, calls, note
         self._received = time.monotonic()
         self._loop = asyncio.get_running_loop()
         self.done = asyncio.Event()
@@ -48,6 +48,7 @@ class _Job:
                     break
                 late = time.monotonic() - self._received > call.deadline_s
                 self.results.append(timed_out(call.deadline_s) if late else run_tool(self._tool, call.argument))
+                self._note(self.results[-1])
         finally:
             self.finished = True
             with suppress(RuntimeError):  # the loop has ended: nobody waits any more
@@ -55,14 +56,17 @@ class _Job:
 
 
 class Executor:
-    """Executor(tool, max_in_flight).run(calls), for one event loop; `start` first, `close` last."""
+    """Executor(tool, max_in_flight).run(calls), for one event loop; `start` first, `close` last. probe_timeout_s: of `check`."""
 
-    def __init__(self, tool: Tool | AsyncTool, max_in_flight: int):
+    def __init__(self, tool: Tool | AsyncTool, max_in_flight: int, probe_timeout_s: float = PROBE_TIMEOUT_S):
         self.info = tool_info(tool)
         self._tool = tool
         self._is_async = hasattr(tool, "call") or hasattr(tool, "call_many")
         self._max_in_flight = max_in_flight
-        self._overdue: list[tuple[float, Callable[[], bool]]] = []  # (counts from, has ended)
+        self._probe_timeout_s = probe_timeout_s
+        # Calls that nobody waits for and that still run: (refuses others from, is overdue from, has ended).
+        self._left: list[tuple[float, float, Callable[[], bool]]] = []
+        self._answered = self._checked = time.monotonic()  # when a call last ended in OK, and when `check` last ended
 
     async def start(self) -> None:
         """What the tool needs before its first call, where it has a `start`. Raises what that raises."""
@@ -75,13 +79,14 @@ class Executor:
         deadline in the event loop: after that it is answered with what is finished, and None stands for every call that must be
         sent again alone. So one stalled call costs the calls that share its request that little time and no more.
         """
-        if self._num_overdue() >= self._max_in_flight:
-            text = f"{self._max_in_flight} earlier calls still run past their deadline"
+        if self._num_left() >= self._max_in_flight:
+            text = f"{self._max_in_flight} earlier calls that nobody waits for still run"
             return [ToolResult(ToolStatus.OVERLOADED, text) for _ in calls]
         return await (self._run_in_loop(calls) if self._is_async else self._run_in_thread(calls))
 
     async def _run_in_thread(self, calls: list[ToolCall]) -> list[ToolResult | None]:
-        job = _Job(self._tool, calls)
+        start = time.monotonic()
+        job = _Job(self._tool, calls, self._note)
         threading.Thread(target=job.run, name=f"tool-{self.info.name}", daemon=True).start()
         deadline_s = max(call.deadline_s for call in calls)
         alone = len(calls) == 1
@@ -93,7 +98,7 @@ class Executor:
         finally:
             job.stop = True  # also when the caller has gone: calls that have not begun never begin
             if not job.finished:
-                self._overdue.append((0.0, lambda: job.finished))
+                self._left.append((start, start + deadline_s, lambda: job.finished))
         results: list[ToolResult | None] = list(job.results)
         unfinished = timed_out(deadline_s) if alone else None
         return results + [unfinished] * (len(calls) - len(results))
@@ -114,7 +119,8 @@ class Executor:
             for _, task in parts:
                 if not task.done():  # the tool has gone past its deadline, or the caller has gone
                     task.cancel()
-                    self._overdue.append((time.monotonic() + CANCEL_PATIENCE_S, task.done))
+                    patient = time.monotonic() + CANCEL_PATIENCE_S
+                    self._left.append((patient, patient, task.done))
                 elif not task.cancelled():
                     task.exception()  # seen: of a task that Ctrl-C has ended nobody asks for the result
         results: list[ToolResult | None] = []
@@ -125,7 +131,15 @@ class Executor:
                 results += [failed(self.info.name, call.argument, asyncio.CancelledError()) for call in part]
             else:
                 results += task.result()
+        for result in results:
+            if result is not None:
+                self._note(result)
         return results
+
+    def _note(self, result: ToolResult) -> None:
+        """Of every result, also those that come too late; from any thread."""
+        if result.status is ToolStatus.OK:
+            self._answered = time.monotonic()
 
     async def _call_one(self, call: ToolCall) -> list[ToolResult]:
         try:
@@ -155,16 +169,20 @@ class Executor:
 
     async def check(self) -> None:
         """Raises UnhealthyTool unless the tool answers its `probe` (an optional attribute: an argument). A tool that sheds load is
-        not broken."""
+        not broken, nor is one whose probe waits behind its work: one that has ended some of it since the check before."""
         if (overdue := self._num_overdue()) >= max(1, self._max_in_flight // 2):
             raise UnhealthyTool(f"{self.info.name}: {overdue} of {self._max_in_flight} calls run past their deadline and do not end")
         probe = getattr(self._tool, "probe", None)
         if probe is None:
             return
-        [result] = await self.run([ToolCall(self.info.name, probe, PROBE_TIMEOUT_S)])
-        assert result is not None  # a call alone always has a result
-        if result.status not in (ToolStatus.OK, ToolStatus.OVERLOADED):
-            raise UnhealthyTool(f"{self.info.name}: the probe {probe!r} ended in {result.status}: {result.text}")
+        try:
+            [result] = await self.run([ToolCall(self.info.name, probe, self._probe_timeout_s)])
+            assert result is not None  # a call alone always has a result
+            moves = max(self._answered, getattr(self._tool, "last_done", 0.0)) > self._checked
+            if result.status not in (ToolStatus.OK, ToolStatus.OVERLOADED) and not (result.status is ToolStatus.TIMEOUT and moves):
+                raise UnhealthyTool(f"{self.info.name}: the probe {probe!r} ended in {result.status}: {result.text}")
+        finally:
+            self._checked = time.monotonic()
 
     async def end_session(self, session: str) -> None:
         """Lets the tool forget what it keeps for the session. Does nothing for a tool that keeps nothing."""
@@ -183,12 +201,14 @@ class Executor:
         if function is not None and inspect.isawaitable(outcome := function(*arguments)):
             await outcome
 
-    def _num_overdue(self) -> int:
-        if not self._overdue:
-            return 0
-        self._overdue = [(since, ended) for since, ended in self._overdue if not ended()]
+    def _num_left(self) -> int:
+        self._left = [left for left in self._left if not left[2]()]
         now = time.monotonic()
-        return sum(since <= now for since, _ in self._overdue)
+        return sum(since <= now for since, _, _ in self._left)
+
+    def _num_overdue(self) -> int:
+        now = time.monotonic()
+        return sum(due <= now and not ended() for _, due, ended in self._left)
 
 
 def _comes_from_outside(error: BaseException) -> bool:

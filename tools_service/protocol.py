@@ -77,7 +77,9 @@ class AsyncTool(Protocol):
     `call.deadline_s`. It never raises but for that cancellation.
 
     Instead of `call` it may offer `call_many(calls) -> results`, in the same order, with `max_batch` above 1. Optional beyond
-    those of `Tool`: `async end_session(session)`, `stats() -> dict[str, float]`, `async close()`.
+    those of `Tool`: `async end_session(session)`, `stats() -> dict[str, float]`, `async close()`, and `last_done`: time.monotonic()
+    when it last ended some of its work, also such as nobody waits for any more. By it a tool that is busy when its probe's time
+    is over is told from one that hangs.
     """
 
     name: str

@@ -174,7 +174,7 @@ def _application(tools: Mapping[str, Factory], plan: Mapping[str, PoolConfig], w
     def bind(name: str, siblings: tuple[Any, ...] = ()) -> Any:
         pool = plan[name]
         deployment = serve.deployment(ToolDeployment, name=name, **_options(pool))
-        return deployment.bind(tools[name], pool.max_in_flight, pool.most_replicas, siblings)
+        return deployment.bind(tools[name], pool.max_in_flight, pool.most_replicas, pool.health_timeout_s, siblings)
 
     if with_http:
         gateway = serve.deployment(

@@ -7,21 +7,24 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from tools_service.executor import Executor
+from tools_service.executor import PROBE_TIMEOUT_S, Executor
 from tools_service.protocol import ToolCall, ToolResult
 from tools_service.runner import Factory, ToolInfo
 
 SESSION_IDLE_S = 1800.0  # a session that nobody has used for so long has lost its caller
+PROBE_SHARE = 0.8  # of the time that Serve gives to a health check, so that it learns how the probe has ended
 START_FAILED, END_OF_REASON = "the tool does not start: ", " [end]"
 
 
 class ToolDeployment:
     """One replica of one tool."""
 
-    async def __init__(self, factory: Factory, max_in_flight: int, max_replicas: int, siblings: tuple[Any, ...] = ()):
+    async def __init__(
+        self, factory: Factory, max_in_flight: int, max_replicas: int, health_timeout_s: float, siblings: tuple[Any, ...] = ()
+    ):
         # siblings: handles that make Serve deploy the other tools as parts of the same application.
         try:
-            self._executor = Executor(factory(), max_in_flight)
+            self._executor = Executor(factory(), max_in_flight, min(PROBE_TIMEOUT_S, PROBE_SHARE * health_timeout_s))
             await self._executor.start()
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__

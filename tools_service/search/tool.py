@@ -53,6 +53,7 @@ class WikiTool:
         self._threads = min(4, len(os.sched_getaffinity(0))) if own.threads is None else own.threads
         self._searcher = open_index(str(index), float(own.k1), float(own.b), own.heap_mib)
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix=f"search-{self.name}")
+        self.last_done = 0.0  # see AsyncTool: searches wait for each other, and the probe behind them
         self._counting = threading.Lock()
         self._counts = {"num_searches": 0.0, "num_without_hit": 0.0, "num_failed": 0.0}
 
@@ -112,6 +113,7 @@ class WikiTool:
             logger.warning("tool %s failed on %d queries", self.name, len(queries), exc_info=True)
             reason = java_reason(error) if is_java_error(error) else type(error).__name__
             return dict.fromkeys(queries, ToolResult(ToolStatus.UNAVAILABLE, f"the search failed: {reason}"))
+        self.last_done = time.monotonic()
         self._count(num_searches=len(queries), num_without_hit=sum(not hits for hits in found))
         return {query: self._show(query, hits) for query, hits in zip(queries, found, strict=True)}
 

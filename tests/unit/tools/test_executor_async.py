@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
 from tools_service import executor as module
 from tools_service.executor import Executor, UnhealthyTool
 from tools_service.protocol import ToolCall, ToolError, ToolResult, ToolStatus
+from tools_service.serve_replica import ToolDeployment
 
 OK, TIMEOUT, TOOL_ERROR = ToolStatus.OK, ToolStatus.TIMEOUT, ToolStatus.TOOL_ERROR
 
@@ -216,3 +218,29 @@ def test_start_sessions_and_close_reach_the_tool_that_has_them():
 
     asyncio.run(scenario())
     assert tool.log == ["start", "end s", "close"]
+
+
+async def test_a_tool_whose_probe_waits_is_busy_while_it_ends_other_work_and_hangs_otherwise():
+    tool = Scripted()
+    tool.probe = "stall"
+    executor = Executor(tool, 64, probe_timeout_s=0.02)
+    await executor.run([ToolCall("Scripted", "fine", 5.0)])
+    await executor.check()
+    with pytest.raises(UnhealthyTool, match="the probe 'stall' ended in timeout"):
+        await executor.check()  # nothing has ended since
+    for argument in ("error", "own answer"):
+        await executor.run([ToolCall("Scripted", argument, 0.05)])
+    with pytest.raises(UnhealthyTool, match="the probe 'stall' ended in timeout"):
+        await executor.check()  # nothing has ended well
+    tool.last_done = time.monotonic()
+    await executor.check()
+
+
+@pytest.mark.parametrize(("health_timeout_s", "probe_s"), [(5.0, 4.0), (30.0, 10.0)])
+async def test_the_probe_of_a_replica_ends_before_serve_gives_its_check_up(health_timeout_s, probe_s, monkeypatch):
+    monkeypatch.delattr(ToolDeployment, "__del__")  # Serve awaits it
+    tool = Scripted()
+    replica = ToolDeployment.__new__(ToolDeployment)
+    await replica.__init__(lambda: tool, 64, 1, health_timeout_s)
+    await replica.check_health()
+    assert tool.deadlines == [probe_s - module.ANSWER_MARGIN_S]

@@ -152,6 +152,21 @@ def test_a_stalled_call_alone_is_answered_at_its_deadline_and_makes_the_tool_unh
     assert "a" not in tool.ran
 
 
+async def test_calls_whose_callers_have_gone_are_not_past_their_deadline_and_still_take_up_room():
+    tool = Scripted()
+    executor = Executor(tool, 2)
+    requests = [asyncio.ensure_future(executor.run(calls(("stall", 60.0)))) for _ in range(2)]
+    while len(tool.ran) < 2:
+        await asyncio.sleep(0.01)
+    for request in requests:
+        request.cancel()
+    await asyncio.gather(*requests, return_exceptions=True)
+    await executor.check()
+    [refused] = await executor.run(calls(("a", 5.0)))
+    tool.release.set()
+    assert (refused.status, executor.stats()) == (ToolStatus.OVERLOADED, {"overdue": 0.0})
+
+
 def test_a_call_whose_deadline_passed_before_its_turn_is_not_run():
     tool = Scripted()
     results = asyncio.run(Executor(tool, 2).run(calls(("a", 5.0), ("b", -1.0))))
