@@ -145,8 +145,11 @@ def _call_file(options: argparse.Namespace, source: Path, out: Path) -> int:
 
     from toolrl_ray.tools.many_calls import call_file, count_rows
 
-    if out.is_dir() or not out.absolute().parent.is_dir():
+    target = Path(os.path.realpath(out))
+    if out.is_dir() or not target.parent.is_dir():
         raise UserError(f"--out={str(out)!r} " + ("is a folder; name a file in it" if out.is_dir() else "is in no folder; make it first"))
+    if target.is_symlink() or (out.exists() and not out.is_file()):
+        raise UserError(f"--out={str(out)!r} is no file but a device, a pipe or the like, and would be replaced; name a file")
     num_rows = count_rows(source)
     if out.exists() and out.samefile(source):
         raise UserError(f"--out={str(out)!r} is the input itself; name another file")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import json
+import os
 import shlex
 import socket
 import subprocess
@@ -88,6 +89,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "bad.jsonl").write_text('{"argument": "1+1"}\n{"argument": 2}\n')
     (tmp_path / "corpus.jsonl").write_text('{"id": "1", "text": "a"}\n{"id": "1"}\n')
     (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "to_pipe").symlink_to("pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "to_nowhere").symlink_to("nowhere/x")
     return tmp_path
 
 
@@ -112,6 +117,10 @@ def run(command: str) -> int:
         ("tools call SimpleCalculatorTool --jsonl in.jsonl --out none/x --local", ["--out='none/x'", "make it first"]),
         ("tools call SimpleCalculatorTool --jsonl in.jsonl --out folder --local", ["--out='folder'", "is a folder"]),
         ("tools call SimpleCalculatorTool --jsonl in.jsonl --out in.jsonl --local", ["--out='in.jsonl'", "the input itself"]),
+        ("tools call SimpleCalculatorTool --jsonl in.jsonl --out pipe --local", ["--out='pipe'", "a device, a pipe"]),
+        ("tools call SimpleCalculatorTool --jsonl in.jsonl --out to_pipe --local", ["--out='to_pipe'", "a device, a pipe"]),
+        ("tools call SimpleCalculatorTool --jsonl in.jsonl --out loop --local", ["--out='loop'", "a device, a pipe"]),
+        ("tools call SimpleCalculatorTool --jsonl in.jsonl --out to_nowhere --local", ["--out='to_nowhere'", "make it first"]),
         ("tools call SimpleCalculatorTool 1 --local --address x", ["--local contradicts --address"]),
         ("tools call SimpleCalculatorTool 1 --config own.yaml", ["--config='own.yaml'", "--local", "--address"]),
         ("tools call SimpleCalculatorTool 1 --address ftp://x", ["--address='ftp://x'", "http://127.0.0.1:8000"]),
@@ -243,6 +252,17 @@ def test_a_file_of_calls_comes_back_in_order_with_their_results(folder: Path, ca
     written = capsys.readouterr()
     assert written.out.startswith("3 calls in ") and written.out.endswith(" s (ok 2, tool_error 1), written to out.jsonl\n")
     assert "3/3" in written.err
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_results_are_written_through_a_link(there: bool, folder: Path) -> None:
+    if there:
+        (folder / "folder" / "out.jsonl").write_text("old")
+    (folder / "link").symlink_to("folder/out.jsonl")
+    assert run("tools call SimpleCalculatorTool --jsonl in.jsonl --out link --local") == 0
+    assert (folder / "link").is_symlink()
+    assert len((folder / "folder" / "out.jsonl").read_text().splitlines()) == 3
+    assert [path.name for path in (folder / "folder").iterdir()] == ["out.jsonl"]
 
 
 def test_a_bench_counts_its_calls(capsys: pytest.CaptureFixture[str]) -> None:

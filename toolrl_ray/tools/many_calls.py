@@ -125,11 +125,13 @@ async def _answered(call: Call, calls: list[ToolCall], window: Window) -> list[T
 
 
 async def call_file(call: Call, tool: str, source: Path, out: Path, deadline_s: float, tick: Callable[[], Any]) -> Counter[ToolStatus]:
-    """Every row of `source` with the result's fields to `out`, in the same order; written aside and renamed whole, or not at all.
+    """Every row of `source` with the result's fields to `out`, in the same order; written aside and renamed whole, or not at all. A
+    link stays, and what it leads to is written.
 
     tick: called after every row. The rows must have been looked at by `count_rows`.
     """
-    aside = out.with_name(f".{out.name}.writing")
+    target = Path(os.path.realpath(out))
+    aside = target.with_name(f".{target.name}.writing")
     try:
         with aside.open("wb") as file:
 
@@ -139,7 +141,7 @@ async def call_file(call: Call, tool: str, source: Path, out: Path, deadline_s: 
                 tick()
 
             counts = await call_rows(call, tool, read_rows(source), write, deadline_s)
-        os.replace(aside, out)
+        os.replace(aside, target)
         return counts
     except OSError as error:
         raise UserError(f"{str(out)!r} cannot be written: {error.strerror}") from None
