@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import shlex
 import signal
@@ -12,10 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from toolrl_ray import eval_cli, sweep_cli, tools_cli
+from toolrl_ray import cli_output, eval_cli, sweep_cli, tools_cli
 from toolrl_ray.errors import MissingDependency, PlacementError, ToolRLError, UserError
 
-EXIT_ERROR, EXIT_USER, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
+EXIT_ERROR, EXIT_USER, EXIT_INTERRUPTED, EXIT_PIPE, EXIT_TERMINATED = 1, 2, 130, 141, 143
 
 
 class Terminated(KeyboardInterrupt):
@@ -28,6 +29,27 @@ def say(line: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Runs a command. A reader of its output who has had enough ends it quietly, and a full disk in one line."""
+    try:
+        try:
+            code = _run(arguments)
+        except SystemExit:  # of argparse, which may have printed help
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()  # python itself does it too late to say in one line what goes wrong
+        return code
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and cli_output.reader_has_gone():
+            code = EXIT_PIPE
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+            code = _end(f"{error.strerror}{f': {error.filename!r}' if error.filename else ''}", EXIT_ERROR, error)
+        else:
+            raise
+        cli_output.drop()
+        return code
+
+
+def _run(arguments: list[str] | None) -> int:
     options = _parse(arguments)
     signal.signal(signal.SIGTERM, _on_sigterm)
     # To save a model, transformers imports DeepSpeed, which tells stdout where it finds no GPU.
