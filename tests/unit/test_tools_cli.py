@@ -125,6 +125,8 @@ def run(command: str) -> int:
         ("tools call SimpleCalculatorTool 1 --config own.yaml", ["--config='own.yaml'", "--local", "--address"]),
         ("tools call SimpleCalculatorTool 1 --address ftp://x", ["--address='ftp://x'", "http://127.0.0.1:8000"]),
         ("tools call SimpleCalculatorTool 1 --address 127.0.0.1:9", ["no tools service at http://127.0.0.1:9;", "tools serve", "--local"]),
+        ("tools call SimpleCalculatorTool 1 --address 127.0.0.1:99999", ["--address='127.0.0.1:99999'", "http://127.0.0.1:8000"]),
+        ("tools mcp --address 127.0.0.1:99999", ["--address='127.0.0.1:99999'", "http://127.0.0.1:8000"]),
         ("tools call SimpleCalculatorTool 1 --deadline 0", ["--deadline", "0.001 or more"]),
         ("tools call SimpleCalculatorTool 1 --deadline nan", ["--deadline", "0.001 or more"]),
         ("tools call SimpleCalculatorTool 1 2 --local", ["unrecognized arguments: 2"]),

@@ -44,7 +44,8 @@ class HttpTools:
                 limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
                 timeout=httpx.Timeout(ANSWER_S, connect=CONNECT_S),
             )
-            known = self._client.base_url.scheme in ("http", "https") and self._client.base_url.host
+            base = self._client.base_url
+            known = base.scheme in ("http", "https") and base.host and (base.port is None or 1 <= base.port <= 65535)
         except (httpx.InvalidURL, ValueError):
             known = False
         if not known:

@@ -161,7 +161,7 @@ async def test_a_server_of_something_else_is_told_apart(server: Scripted, monkey
     await tools.close()
 
 
-@pytest.mark.parametrize("address", ["ftp://host:1", "http://", "http://host:port"])
+@pytest.mark.parametrize("address", ["ftp://host:1", "http://", "http://host:port", "127.0.0.1:99999", "127.0.0.1:0"])
 def test_what_is_not_a_url_is_refused(address: str) -> None:
     with pytest.raises(UserError, match="is not a URL; give one as http"):
         HttpTools(address)
