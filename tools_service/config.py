@@ -17,6 +17,8 @@ from typing import Any, ClassVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from tools_service.runner import GATEWAY
+
 
 class ServiceConfigError(ValueError):
     """The configuration is wrong; the message is one line."""
@@ -106,6 +108,10 @@ class ToolSet(Section):
     def _known_names(self) -> ToolSet:
         if len(set(self.names)) < len(self.names):
             raise ValueError(f"{self.prefix}names={self.names} holds a name twice")
+        for name in self.names:
+            if "#" in name or name == GATEWAY:
+                why = "Ray Serve has a use of its own for #" if "#" in name else "that is the service's HTTP face"
+                raise ValueError(f"{self.prefix}names={self.names} holds {name!r}, but {why}; give the tool another name")
         for section in ("custom", "options", "pools"):
             for name in getattr(self, section):
                 if name not in self.names:

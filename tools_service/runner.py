@@ -15,6 +15,7 @@ from tools_service.protocol import AsyncTool, Tool, ToolError, ToolResult, ToolS
 
 logger = logging.getLogger(__name__)
 
+GATEWAY = "http"  # the deployment behind Serve's HTTP proxy, so no tool's name
 MAX_OUTPUT_CHARS = 100_000
 MAX_MESSAGE_CHARS = 500
 

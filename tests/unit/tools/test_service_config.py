@@ -31,6 +31,8 @@ def test_a_service_is_read_from_its_file(tmp_path):
         ({"custom": {"B": "b.py:B"}}, f"F: custom.B contradicts names=['{CALCULATOR}']: no such tool; add it there or take it away"),
         ({"names": []}, "F: names: List should have at least 1 item"),
         ({"names": ["A", "A"]}, "F: names=['A', 'A'] holds a name twice"),
+        ({"names": ["a#b"]}, "F: names=['a#b'] holds 'a#b', but Ray Serve has a use of its own for #; give the tool another name"),
+        ({"names": ["A", "http"]}, "F: names=['A', 'http'] holds 'http', but that is the service's HTTP face; give the tool another name"),
         ({"names": ["A"], "pools": {"B": {}}}, "F: pools.B contradicts names=['A']: no such tool"),
         ({"names": ["A"], "pools": {"A": {"min_replicas": 3, "max_replicas": 2}}}, "F: pools.A: max_replicas=2 contradicts min_replicas=3"),
         ({"names": ["A"], "pools": {"A": {"target_in_flight": 2}}}, "F: pools.A: target_in_flight=2 contradicts max_replicas=1"),
@@ -68,6 +70,7 @@ def test_the_old_keys_are_the_defaults_of_every_pool():
     ("overrides", "message"),
     [
         (["tools.pools.Other.num_cpus=1"], f"tools.pools.Other contradicts tools.names=['{CALCULATOR}']"),
+        (["tools.names=[http]"], "tools.names=['http'] holds 'http', but that is the service's HTTP face"),
         (["tools.names=[A, A]"], "tools.names=['A', 'A'] holds a name twice"),
         (["tools.num_replicas=3", f"tools.pools.{CALCULATOR}.max_replicas=2"], f"tools.pools.{CALCULATOR}: max_replicas=2 contradicts"),
         (
