@@ -82,6 +82,7 @@ class _Session:
     # In its replica: callers that share the service share no session, nor do two of one caller that follow each other by one name.
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     home: str | None = None  # the replica's id
+    over: bool = False  # ended before it had a home: the call that finds it one ends it
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # calls of one session run one after another
 
 
@@ -118,18 +119,31 @@ class ToolHandles:
                 except TransportError as error:
                     raise TransportError(error.reason, True, error.overloaded) from error
             left_s = max(0.0, call.deadline_s - (asyncio.get_running_loop().time() - start))
-            results = await self._request(tool, "call_batch", [replace(call, session=session.id, deadline_s=left_s)], home=session.home)
+            here = [replace(call, session=session.id, deadline_s=left_s)]
+            try:
+                results = await self._request(tool, "call_batch", here, home=session.home)
+            finally:
+                if session.over:
+                    self._end_in_background(tool, session.id, session.home)
         if results == [None]:
             raise TransportError("the replica that holds the session is gone", not_started=True)
         return results
 
     def end_session(self, tool: str, name: str) -> None:
-        """Forgets the session and lets its home forget it, in the background. Does nothing for a session without calls."""
+        """Forgets the session and lets its home forget it, in the background: once its first call has ended, where that still looks for
+        a home. Does nothing for a session without calls."""
         session = self._sessions.pop((tool, name), None)
-        if session is not None and session.home is not None:
-            task = asyncio.get_running_loop().create_task(self._end(tool, session.id, session.home))
-            self._ending.add(task)
-            task.add_done_callback(self._ending.discard)
+        if session is None:
+            return
+        if session.home is None:
+            session.over = True
+        else:
+            self._end_in_background(tool, session.id, session.home)
+
+    def _end_in_background(self, tool: str, session_id: str, home: str) -> None:
+        task = asyncio.get_running_loop().create_task(self._end(tool, session_id, home))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
 
     async def _end(self, tool: str, session_id: str, home: str) -> None:
         try:

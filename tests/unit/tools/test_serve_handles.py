@@ -15,12 +15,14 @@ class Method:
 
 
 class Replica:
-    """Serve's handle of one tool that runs in one replica: holds sessions, runs "slow" until `go`, ends none before `go`."""
+    """Serve's handle of one tool that runs in one replica: holds sessions, runs "slow" until `go`, ends none before `go`, and opens one
+    once it is `ready`."""
 
     def __init__(self):
         self.sessions: dict[str, int] = {}  # -> calls
         self.deadlines_s: list[float] = []
-        self.go = asyncio.Event()
+        self.go, self.ready, self.asked = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self.ready.set()
         self.open_session, self.call_batch, self.end_session = Method(self._open), Method(self._call), Method(self._end)
 
     def options(self, session_id):
@@ -28,6 +30,8 @@ class Replica:
         return self
 
     async def _open(self, session):
+        self.asked.set()
+        await self.ready.wait()
         self.sessions[session] = 0
         return "home"
 
@@ -90,3 +94,34 @@ async def test_a_call_that_waited_for_the_one_before_it_has_only_what_is_left_of
     replica.go.set()
     assert await calls == ["1", "2"]
     assert replica.deadlines_s[1] < 7.0 - 0.025
+
+
+async def test_a_session_that_is_ended_while_its_first_call_opens_it_ends_after_that_call():
+    replica = Replica()
+    replica.go.set()
+    replica.ready.clear()
+    handles = handles_of(replica)
+    first = asyncio.ensure_future(call(handles, "s"))
+    await replica.asked.wait()
+    handles.end_session("Notebook", "s")
+    replica.ready.set()
+    assert await first == "1"
+    await handles.close()
+    assert replica.sessions == {}
+
+
+async def test_a_session_that_is_ended_as_it_opens_ends_also_where_its_first_call_is_cancelled():
+    replica = Replica()
+    replica.ready.clear()
+    handles = handles_of(replica)
+    first = asyncio.ensure_future(call(handles, "s", "slow"))
+    await replica.asked.wait()
+    handles.end_session("Notebook", "s")
+    replica.ready.set()
+    while not replica.deadlines_s:
+        await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    replica.go.set()
+    await handles.close()
+    assert replica.sessions == {}
