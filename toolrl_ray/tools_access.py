@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import os
 from collections.abc import AsyncIterator, Collection, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from toolrl_ray.errors import UserError
@@ -52,15 +52,6 @@ class _LocalTools:
         self._local.end_session(session)
 
 
-class _ServiceTools(HttpTools):
-    async def end_session(self, session: str) -> None:
-        """Lets the tools forget it now; where the service cannot be told, they forget it in time."""
-        import httpx
-
-        with suppress(httpx.HTTPError):
-            await self._client.delete(f"/v1/sessions/{session}")
-
-
 @asynccontextmanager
 async def open_tools(options: argparse.Namespace, name: str | None = None) -> AsyncIterator[Tools]:
     """The tools that the options name, ready to be called. name: the only one that is wanted. Raises UserError."""
@@ -83,7 +74,7 @@ async def open_tools(options: argparse.Namespace, name: str | None = None) -> As
         finally:
             await local.close()
         return
-    service = _ServiceTools(options.address or os.environ.get("TOOLRL_TOOLS") or DEFAULT_ADDRESS)
+    service = HttpTools(options.address or os.environ.get("TOOLRL_TOOLS") or DEFAULT_ADDRESS)
     try:
         _check_name(name, await service.infos(), service.where)
         yield service

@@ -7,7 +7,9 @@ import json
 import random
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from toolrl_ray.errors import ToolRLError, UserError
 from tools_service.adapters import valid_text
@@ -113,6 +115,13 @@ class HttpTools:
         except (httpx.HTTPStatusError, ValueError, KeyError, TypeError):
             return _all_unavailable(calls, _reason(answer))
         return results if len(results) == len(calls) else _all_unavailable(calls, f"{len(results)} results for {len(calls)} calls")
+
+    async def end_session(self, session: str) -> None:
+        """Lets the tools forget it now; where the service cannot be told, they forget it in time."""
+        import httpx
+
+        with suppress(httpx.HTTPError):
+            await self._client.delete(f"/v1/sessions/{quote(session, safe='')}")
 
     async def close(self) -> None:
         await self._client.aclose()

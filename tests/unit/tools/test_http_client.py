@@ -30,6 +30,7 @@ class Scripted(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.script: list = []
         self.bodies: list[dict] = []
+        self.deleted: list[str] = []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
 
@@ -53,6 +54,10 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, {"results": [{**row, "text": call["argument"]} for call in body["calls"]]})
         else:
             self.answer(*step)
+
+    def do_DELETE(self) -> None:
+        self.server.deleted.append(self.path)
+        self.answer(200, {})
 
     def answer(self, status: int, body: object) -> None:
         data = json.dumps(body).encode()
@@ -143,6 +148,14 @@ async def test_a_service_that_stays_away_is_given_up(server: Scripted, tools: Ht
     with pytest.raises(ServiceGone, match=r"127\.0\.0\.1:\d+ went away and was not back after 0\.3 s \(HTTP status 503\)"):
         await tools.call(CALLS)
     assert len(server.bodies) > 2
+
+
+async def test_a_session_is_ended_by_its_whole_name_and_where_nobody_can_be_told_it_is_left(server: Scripted, tools: HttpTools) -> None:
+    await tools.end_session("mine/1?#")
+    assert server.deleted == ["/v1/sessions/mine%2F1%3F%23"]
+    gone = HttpTools("127.0.0.1:9")
+    await gone.end_session("mine")
+    await gone.close()
 
 
 async def test_where_nothing_listens_there_is_no_service() -> None:
