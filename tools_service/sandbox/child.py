@@ -70,6 +70,9 @@ def seed_generators(seed: int | None) -> None:
     numpy_random = sys.modules.get("numpy.random")
     if numpy_random is not None:
         numpy_random.seed(None if seed is None else seed % 2**32)
+    sympy_random = sys.modules.get("sympy.core.random")
+    if sympy_random is not None:
+        sympy_random.seed(seed)
 
 
 def new_main() -> types.ModuleType:

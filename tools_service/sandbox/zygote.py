@@ -218,6 +218,8 @@ def load(config: dict) -> None:
     hide_host_name()  # first: modules keep what they were told
     for name in config["preload"]:
         importlib.import_module(name)
+    if "numpy" in sys.modules:
+        importlib.import_module("numpy.random")  # numpy loads it at its first use: too late for a seed
     os.environ.clear()
     for name in ("exit", "quit"):  # `site`, which is left out, makes these
         setattr(builtins, name, _sitebuiltins.Quitter(name, ""))

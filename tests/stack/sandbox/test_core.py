@@ -139,6 +139,18 @@ async def test_same_seed_same_numbers_and_no_seed_others(isolation: str) -> None
         assert len({outcome.output for outcome in (first, other, free, freer)}) == 4
 
 
+async def test_seed_reaches_the_generators_of_preloaded_packages_in_every_fork_server(isolation: str) -> None:
+    code = "import numpy, random, sympy\nprint(random.random(), numpy.random.rand(), sympy.randprime(1, 10**9))"
+    drawn = []
+    for _ in range(2):
+        async with sandbox(isolation, preload=("numpy", "sympy")) as box:
+            drawn.append([(await box.run(code, seed=seed)).output.split() for seed in (7, 7, 8, None, None)])
+    first, again, other, free, freer = drawn[0]
+    assert first == again == drawn[1][0] and len(first) == 3
+    for numbers in zip(first, other, free, freer, strict=True):
+        assert len(set(numbers)) == 4
+
+
 async def test_two_snippets_see_nothing_of_each_other(isolation: str) -> None:
     look = (
         "import os, sys\ntry: up = os.listdir('..')\nexcept OSError: up = []\n"
