@@ -16,8 +16,8 @@ import random
 import struct
 import sys
 import threading
-import traceback
 import types
+from traceback import TracebackException
 
 HEADER = struct.Struct("<IBq")  # bytes of code, whether there is a seed, the seed
 JOB_FD = 3
@@ -82,12 +82,37 @@ def new_main() -> types.ModuleType:
     return main
 
 
+def hide_frames_of(folders: list[str]) -> None:
+    """From here on tracebacks of uncaught exceptions show the snippet's frames, not those of modules in these folders."""
+    global foreign
+    foreign = ("<frozen ", __file__, *(os.path.join(folder, "") for folder in folders if folder))
+    threading.excepthook = print_exception_of_thread
+
+
+foreign: tuple[str, ...] = ()
+
+
+def print_exception(kind: type[BaseException], error: BaseException | None, frames: types.TracebackType | None) -> None:
+    shown = TracebackException(kind, error, frames, lookup_lines=False, compact=True)  # lines are looked up for what is left
+    todo = [shown]
+    while todo:
+        part = todo.pop()
+        part.stack[:] = [frame for frame in part.stack if not frame.filename.startswith(foreign)]
+        todo += [other for other in (part.__cause__, part.__context__, *(part.exceptions or ())) if other is not None]
+    shown.print()
+
+
+def print_exception_of_thread(args: threading.ExceptHookArgs) -> None:
+    if args.exc_type is not SystemExit:
+        sys.stderr.write(f"Exception in thread {args.thread.name if args.thread else '?'}:\n")
+        print_exception(args.exc_type, args.exc_value, args.exc_traceback)
+
+
 def run_code(code: str, main: types.ModuleType, file_name: str) -> int:
     """Runs it in `main`. Prints a traceback of its own frames alone. Returns an exit code."""
     # Address space only: no page of it is touched.
     reserve = mmap.mmap(-1, MEMORY_RESERVE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     linecache.cache[file_name] = (len(code), None, code.splitlines(True), file_name)
-    print_exception = traceback.print_exception
     status = EXIT_OK
     try:
         exec(compile(code, file_name, "exec", dont_inherit=True), main.__dict__)
@@ -98,7 +123,7 @@ def run_code(code: str, main: types.ModuleType, file_name: str) -> int:
         reserve.close()
         status = EXIT_MEMORY if isinstance(error, MemoryError) else EXIT_ERROR
         try:
-            print_exception(type(error), error, error.__traceback__ and error.__traceback__.tb_next)
+            print_exception(type(error), error, error.__traceback__)
         except BaseException as again:
             os.write(2, f"{type(error).__name__} ({type(again).__name__} while printing it)\n".encode(errors="replace"))
     return status

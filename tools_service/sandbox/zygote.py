@@ -224,6 +224,7 @@ def load(config: dict) -> None:
     for name in ("exit", "quit"):  # `site`, which is left out, makes these
         setattr(builtins, name, _sitebuiltins.Quitter(name, ""))
     builtins.help = _sitebuiltins._Helper()
+    child_side.hide_frames_of(sys.path)
     child_side.warm_up()
     importlib.invalidate_caches()
 

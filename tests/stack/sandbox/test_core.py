@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -128,6 +129,28 @@ async def test_traceback_shows_the_snippet_and_nothing_else(isolation: str) -> N
         assert outcome.output.count("File ") == 2 and "child.py" not in outcome.output
         outcome = await box.run("x = (1,\n  2")
         assert outcome.status is SandboxStatus.ERROR and "SyntaxError" in outcome.output and "child.py" not in outcome.output
+
+
+async def test_traceback_shows_no_frame_of_a_library(isolation: str) -> None:
+    snippets = {
+        "import json\njson.loads('{')": ["<snippet>"],
+        "import json\ntry: json.loads('{')\nexcept ValueError as e:\n    raise KeyError(1) from e": ["<snippet>"] * 2,
+        "import json\ntry: json.loads('{')\nexcept ValueError:\n    1 / 0": ["<snippet>"] * 2,
+        "import json\ntry: json.loads('{')\nexcept ValueError as e:\n    raise ExceptionGroup('g', [e])": ["<snippet>"] * 3,
+        "import threading\ndef f():\n    1 / 0\nt = threading.Thread(target=f)\nt.start()\nt.join()": ["<snippet>"],
+        "import numpy\nnumpy.linalg.inv(numpy.zeros((2, 2)))": ["<snippet>"],
+        "exec('1 / 0')": ["<snippet>", "<string>"],
+        "open('own.py', 'w').write('1 / 0')\nimport sys\nsys.path.append('.')\nimport own": ["<snippet>", "own.py"],
+        "import no_such_module": ["<snippet>"],
+    }
+    async with sandbox(isolation, preload=("json", "numpy")) as box:
+        session = await box.open_session()
+        for code, files in snippets.items():
+            output = (await box.run(code)).output
+            assert [os.path.basename(name) for name in re.findall('File "(.*?)"', output)] == files, output
+            assert re.search(r"^\S*(Error|Group)\b", output, re.MULTILINE), output
+        for number in (1, 2):
+            assert re.findall('File "(.*?)"', (await session.run("import json\njson.loads('{')")).output) == [f"<snippet {number}>"]
 
 
 async def test_same_seed_same_numbers_and_no_seed_others(isolation: str) -> None:
