@@ -6,21 +6,20 @@ import asyncio
 import contextlib
 import math
 import os
-import re
-import textwrap
 import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import fields
 
 from tools_service.protocol import ToolCall, ToolResult, ToolStatus
+from tools_service.runner import MAX_OUTPUT_CHARS
 from tools_service.sandbox.limits import MIB, Limits
 from tools_service.sandbox.outcome import IsolationUnavailable, Outcome, SandboxStatus
 from tools_service.sandbox.owner import Sandbox
 from tools_service.sandbox.plan import DEFAULT_PRELOAD
 from tools_service.sandbox.session import RESTARTED, Session
+from tools_service.sandbox.text import code_of, ending
 
-MAX_ERROR_CHARS = 2000  # of an output that ends in a traceback: its end names the exception
 MAX_NAMES_REMEMBERED = 4096  # of sessions that were closed to make room
 RETURN_MARGIN_S = 0.02  # for killing a snippet and handing its output over before the caller stops waiting
 
@@ -35,21 +34,6 @@ STATUS = {
     SandboxStatus.BAD_REQUEST: ToolStatus.BAD_ARGUMENTS,
     SandboxStatus.UNAVAILABLE: ToolStatus.UNAVAILABLE,
 }
-FENCE = re.compile(r"```[ \t]*[\w+-]*[ \t]*\n(.*?)(?:^[ \t]*```.*|\Z)", re.DOTALL | re.MULTILINE)
-
-
-def code_of(argument: str) -> str:
-    """The code as models write it: without a markdown fence around it, blank lines before it or an indentation of the whole."""
-    text = argument.replace("\r\n", "\n").strip("\n")
-    if fenced := FENCE.match(text.lstrip()):
-        text = fenced[1]
-    lines = text.split("\n")
-    while lines and not lines[0].strip():
-        del lines[0]
-    if lines and lines[0][0] in " \t":
-        lines = textwrap.dedent("\n".join(lines)).split("\n")
-        lines[0] = lines[0].lstrip()  # the marker may stand before the first line, which then has an indentation of its own
-    return "\n".join(lines).rstrip()
 
 
 def limits_of(options: dict[str, object]) -> Limits:
@@ -240,13 +224,15 @@ class PythonTool:
             await kept.close()
 
     def _result(self, outcome: Outcome, wall_s: float, note: str = "") -> ToolResult:
-        text, status = note + outcome.output, STATUS[outcome.status]
-        truncated = outcome.truncated
-        if outcome.status in (SandboxStatus.ERROR, SandboxStatus.CRASHED) and len(text) > MAX_ERROR_CHARS:
-            text, truncated = "[...]\n" + text[-MAX_ERROR_CHARS:].partition("\n")[2], True
+        text = whole = note + outcome.output
+        if outcome.status in (SandboxStatus.ERROR, SandboxStatus.CRASHED):
+            text = ending(text)
         if reason := self._reason(outcome.status, wall_s):
+            text = text[: MAX_OUTPUT_CHARS - len(reason) - 1]  # the text of any tool is cut there, and would lose its last line
+        truncated = outcome.truncated or text != whole
+        if reason:
             text = text + ("\n" if text and not text.endswith("\n") else "") + reason
-        return ToolResult(status, text.removesuffix("\n"), truncated=truncated)
+        return ToolResult(STATUS[outcome.status], text.removesuffix("\n"), truncated=truncated)
 
     def _reason(self, status: SandboxStatus, wall_s: float) -> str:
         """What ended a snippet that did not end by itself, as a last line after what it printed."""

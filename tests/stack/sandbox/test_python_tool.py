@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stack.sandbox.core_helpers import alive, descendants, gone, namespaces_work
 
+from tools_service.executor import Executor
 from tools_service.protocol import ToolCall, ToolResult, ToolStatus
 from tools_service.sandbox.limits import MIB
 from tools_service.sandbox.session import RESTARTED
-from tools_service.sandbox.tool import PythonTool, code_of, limits_of
+from tools_service.sandbox.text import code_of
+from tools_service.sandbox.tool import PythonTool, limits_of
 
 ISOLATION = "bubblewrap" if namespaces_work() else "landlock"
 
@@ -60,6 +62,9 @@ async def started(tool: PythonTool, before: set[int]) -> set[int]:
         ("  ```py\n  x = 1\n  print(x)\n  ```", "x = 1\nprint(x)"),
         ("```python\nprint(1)", "print(1)"),
         ("```python\nprint('```')\n```\nand that is it", "print('```')"),
+        ("```python\ns = '''\n```\n'''\nprint(s)\n```\nand that is it", "s = '''\n```\n'''\nprint(s)"),
+        ("```\n# it's # no \"\"\"\ns = \"it's\" ''\nprint(s)\n```\n2\n```", "# it's # no \"\"\"\ns = \"it's\" ''\nprint(s)"),
+        ("```python\nprint('''a)\n```\nan error", "print('''a)"),
         (" x = 1\nprint(x)", "x = 1\nprint(x)"),
         ("if x:\n    print(1)\n", "if x:\n    print(1)"),
         ("\tprint(1)\n\tprint(2)", "print(1)\nprint(2)"),
@@ -125,6 +130,32 @@ async def test_long_traceback_keeps_its_end() -> None:
         result = await tool.call(call("raise ValueError('a' * 200 + '\\n' + 'b\\n' * 2000 + 'the end')"))
         assert result.status is ToolStatus.TOOL_ERROR and result.truncated
         assert result.text.startswith("[...]\n") and result.text.endswith("the end") and len(result.text) < 2100
+
+
+@pytest.mark.parametrize(
+    ("code", "start", "end"),
+    [
+        ("raise ValueError('x' * 3000 + 'y')", "[...]\nValueError: xxx", "xxxy"),
+        ("raise ValueError('x' * 3000 + '\\ny')", "[...]\nValueError: xxx", "xxx\ny"),
+        ("print('result 42')\nraise SystemExit('bye' * 1000 + 'y')", "[...]\nbyebye", "byebyey"),
+        ("print('a' * 5000 + 'b')\nimport sys\nsys.exit(1)", "aaa", "aaab"),
+        ("print('a' * 5000 + 'b')\nimport os\nos.abort()", "aaa", "aaab\n[the interpreter crashed]"),
+    ],
+)
+async def test_long_last_line_of_an_error_is_cut_in_its_middle(code: str, start: str, end: str) -> None:
+    async with python_tool() as tool:
+        result = await tool.call(call(code))
+        assert result.status is ToolStatus.TOOL_ERROR and result.truncated
+        assert result.text.startswith(start) and result.text.endswith(end) and 1900 < len(result.text) < 2100
+
+
+async def test_what_stopped_a_snippet_is_told_however_much_it_printed() -> None:
+    async with python_tool(max_output_mib=1) as tool:
+        executor = Executor(tool, 1)
+        for code, end in (("print('x' * 3_000_000)", "[stopped: it printed more than 1048576 bytes]"),
+                          ("print('x' * 300_000)\nwhile True: pass", "[stopped: it ran longer than 2 s]")):  # fmt: skip
+            [result] = await executor.run([call(code, deadline_s=20.0)])
+            assert result is not None and result.truncated and result.text.endswith(f"xxx\n{end}")
 
 
 async def test_same_seed_same_numbers_in_calls_and_sessions() -> None:
