@@ -7,10 +7,12 @@ from dataclasses import replace
 
 from tools_service.sandbox import lockdown
 
+MAX_OPEN_FILES = 4096  # one for each folder that the one which it empties lies in
+
 
 def fork_cleaner(confinement: lockdown.Confinement, folder: str) -> int:
     parent = os.getpid()
-    limits = replace(confinement.limits, max_open_files=confinement.limits.max_files + 64, cpu_s=60)
+    limits = replace(confinement.limits, max_open_files=min(confinement.limits.max_files + 64, MAX_OPEN_FILES), cpu_s=60)
     ruleset = lockdown.file_rules(confinement, folder) if confinement.landlock else -1
     pid = lockdown.fork()
     if pid == 0:

@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass, fields
 
 MIB = 1024 * 1024
+MIN_OPEN_FILES = 16
+MAX_VALUE = 2**62  # the kernel's numbers end at 2**63 - 1, and to some of these the fork server's own share is added
+MAX_S = 1e9  # which the kernel counts in nanoseconds: of more it sees the rest of a division
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,15 @@ class Limits:
         for field in fields(self):
             value = getattr(self, field.name)
             whole = not field.name.endswith("_s")
-            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            number = number and (isinstance(value, int) or math.isfinite(value))  # an integer may be too large for a float
             if not number or value <= 0 or (whole and value != int(value)):
                 raise ValueError(f"sandbox limit {field.name}={value!r} must be a positive {'integer' if whole else 'number of seconds'}")
-        if self.max_open_files < 16:
-            raise ValueError(f"sandbox limit max_open_files={self.max_open_files} must be 16 or more: an import alone needs several")
+            if value > (most := MAX_VALUE if whole else MAX_S):
+                raise ValueError(f"sandbox limit {field.name}={value!r} must be {most:g} at most")
+            if whole:
+                object.__setattr__(self, field.name, int(value))  # 1e9 in a file of options is a float
+        if self.max_open_files < MIN_OPEN_FILES:
+            raise ValueError(
+                f"sandbox limit max_open_files={self.max_open_files} must be {MIN_OPEN_FILES} or more: an import alone needs several"
+            )

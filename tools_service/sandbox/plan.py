@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import resource
 import shutil
 import sys
 import sysconfig
@@ -57,6 +58,16 @@ def site_paths(preload: tuple[str, ...]) -> list[str]:
     return paths
 
 
+def check_open_files(limits: Limits) -> None:
+    """The fork server holds a descriptor of that number. Raises ValueError."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hard != resource.RLIM_INFINITY and limits.max_open_files >= hard:
+        raise ValueError(
+            f"sandbox limit max_open_files={limits.max_open_files} must be below this machine's own limit on the open files of a "
+            f"process, {hard}; lower it or raise that (ulimit -Hn)"
+        )
+
+
 def private_uid() -> int | None:
     """A user id that nobody has, for a server that root starts; None where we are not root."""
     if os.geteuid() != 0:
@@ -87,7 +98,8 @@ class Plan:
 
 
 def plan(isolation: str, limits: Limits, preload: tuple[str, ...]) -> Plan:
-    """Raises IsolationUnavailable where something is plainly missing, ValueError for a preload set that cannot be."""
+    """Raises IsolationUnavailable where something is plainly missing, ValueError for a preload set or limits that cannot be."""
+    check_open_files(limits)
     sites = site_paths(preload)
     stdlib = sysconfig.get_path("stdlib")
     source = os.path.dirname(os.path.abspath(__file__))

@@ -47,7 +47,7 @@ def limits_of(options: dict[str, object]) -> Limits:
         name = option
         if option.endswith("_mib"):
             name = option.removesuffix("mib") + "bytes"
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ValueError(f"PythonInterpreter: {option}={value!r} must be a positive number of MiB")
             value = int(value * MIB)
         if name in chosen:

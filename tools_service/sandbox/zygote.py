@@ -50,7 +50,9 @@ class Child:
 
 
 class Server:
-    def __init__(self, control: socket.socket, owner_pidfd: int, config: dict, confinement: lockdown.Confinement):
+    def __init__(
+        self, control: socket.socket, owner_pidfd: int, channel: socket.socket, config: dict, confinement: lockdown.Confinement
+    ):  # fmt: skip
         self.control, self.config, self.confinement = control, config, confinement
         self.limits = confinement.limits
         self.poll = select.epoll()
@@ -58,10 +60,7 @@ class Server:
         self.children: dict[int, Child] = {}
         self.num_forked = 0
         self.rlimits = {session: lockdown.own_rlimits(self.limits, session) for session in (False, True)}
-        # Holds the number that a child's way back has, so that nothing else gets it.
-        placeholder, _ = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        os.dup2(placeholder.fileno(), self.limits.max_open_files, inheritable=False)
-        self.channel = socket.socket(fileno=self.limits.max_open_files)
+        self.channel = channel
         self.watch(control.fileno(), self.on_request)
         # A process that the owner forked may hold the channel open; and a death signal would follow the owner's thread.
         self.watch(owner_pidfd, self.shut_down)
@@ -205,6 +204,14 @@ class Server:
         os._exit(0)
 
 
+def reserve_channel(number: int) -> socket.socket:
+    """Holds the number that a child's way back has. To be called before anything else may get it."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    placeholder, _ = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    return socket.socket(fileno=os.dup2(placeholder.fileno(), number, inheritable=False))
+
+
 def drop_privileges(uid: int | None) -> None:
     if uid is not None:
         os.setgroups([])
@@ -260,6 +267,7 @@ def main() -> None:
         os.umask(0o077)
         message, (owner_pidfd,), _, _ = socket.recv_fds(control, MAX_MESSAGE_BYTES, 1)
         config = json.loads(message)
+        channel = reserve_channel(config["limits"]["max_open_files"])
         load(config)
         drop_privileges(config["uid"])
         confinement = open_confinement(config)
@@ -270,7 +278,7 @@ def main() -> None:
             cleaner.sweep(confinement, config["scratch"])
         if len(os.listdir("/proc/self/task")) != 1:
             raise RuntimeError(f"preload={config['preload']} starts threads, and a process with threads cannot be forked")
-        server = Server(control, owner_pidfd, config, confinement)
+        server = Server(control, owner_pidfd, channel, config, confinement)
         child_side.open_outputs()
         gc.collect()
         gc.freeze()

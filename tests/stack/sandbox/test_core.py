@@ -8,18 +8,20 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import uvloop
 from stack.sandbox.core_helpers import ISOLATIONS, alive, descendants, gone, sandbox
 
-from tools_service.sandbox.limits import MIB
+from tools_service.sandbox.limits import MAX_S, MAX_VALUE, MIB, MIN_OPEN_FILES
 from tools_service.sandbox.owner import Limits, Sandbox, SandboxStatus
 from tools_service.sandbox.probe import probe
 
@@ -97,6 +99,28 @@ async def test_files_beyond_their_limits_are_refused(isolation: str) -> None:
         assert (await box.run(big)).output == "1000\n"
         opened = "keep = []\ntry:\n    while True: keep.append(open('/dev/null'))\nexcept OSError: print(len(keep) <= 17)"
         assert (await box.run(opened)).output == "True\n"
+
+
+async def test_every_number_of_open_files_that_may_be_chosen_starts(isolation: str) -> None:
+    """The fork server holds the descriptor of that number, whatever else it has open."""
+    for number in (*range(MIN_OPEN_FILES, MIN_OPEN_FILES + 8), 5000):
+        async with sandbox(isolation, Limits(max_open_files=number), preload=("math",)) as box:
+            outcome = await box.run("import csv, resource\nprint(open('f', 'w').write('abc'), *resource.getrlimit(resource.RLIMIT_NOFILE))")
+            assert (outcome.status, outcome.output) == (SandboxStatus.OK, f"3 {number} {number}\n"), number
+
+
+async def test_more_open_files_than_the_machine_allows_are_refused_by_name(isolation: str) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with pytest.raises(ValueError, match=f"^sandbox limit max_open_files={hard} must be below .* {hard}; [^\n]*$"):
+        await Sandbox(Limits(max_open_files=hard), isolation=isolation).start()
+
+
+async def test_limits_as_large_as_may_be_start(isolation: str) -> None:
+    names = {field.name for field in fields(Limits)} - {"max_open_files"}
+    most = {name: MAX_S if name.endswith("_s") else MAX_VALUE for name in names}
+    async with sandbox(isolation, Limits(**most)) as box:
+        outcome = await box.run("open('f', 'w').close()\nprint(1)")
+        assert (outcome.status, outcome.output) == (SandboxStatus.OK, "1\n")
 
 
 async def test_segfault_is_crashed_and_exit_codes_are_told_apart(isolation: str) -> None:

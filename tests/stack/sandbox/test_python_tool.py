@@ -318,6 +318,14 @@ def test_limits_are_given_in_bytes_or_mib() -> None:
     assert limits_of({}).wall_s == 5.0
 
 
+async def test_whole_numbers_may_be_written_as_floats() -> None:
+    options = {"memory_bytes": 1e9, "max_output_bytes": 1000.0, "max_open_files": 64.0, "max_threads": 4.0, "max_files": 5.0}
+    assert all(isinstance(getattr(limits_of(options), name), int) for name in options)
+    async with python_tool(**options) as tool:
+        result = await tool.call(call("print('x' * 5000)"))
+        assert result.status is ToolStatus.OUTPUT_LIMIT and result.text.startswith("x" * 1000 + "\n[stopped")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -327,6 +335,11 @@ def test_limits_are_given_in_bytes_or_mib() -> None:
         ({"wall_s": True}, ["wall_s=True"]),
         ({"max_threads": 1.5}, ["max_threads=1.5", "integer"]),
         ({"max_open_files": 3}, ["max_open_files=3", "16"]),
+        ({"memory_bytes": 1 << 64}, ["memory_bytes=18446744073709551616", "at most"]),
+        ({"max_file_mib": 1e300}, ["max_file_bytes=", "at most"]),
+        ({"cpu_s": 1e30}, ["cpu_s=1e+30", "1e+09 at most"]),
+        ({"max_files": 10**400}, ["max_files=", "at most"]),
+        ({"memory_mib": float("inf")}, ["memory_mib=inf", "MiB"]),
         ({"memory_mib": -1}, ["memory_mib=-1", "MiB"]),
         ({"memory_mib": "big"}, ["memory_mib='big'"]),
         ({"memory_mib": 1, "memory_bytes": 1}, ["memory_bytes", "both"]),
