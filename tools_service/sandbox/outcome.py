@@ -35,3 +35,7 @@ class IsolationUnavailable(Exception):
 
 class ZygoteDied(Exception):
     """The fork server ended under a call that may have begun."""
+
+
+class ForkFailed(ZygoteDied):
+    """One child could not be had; the fork server and all others under it live."""

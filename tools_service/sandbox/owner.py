@@ -9,19 +9,18 @@ import asyncio
 import collections
 import contextlib
 import os
-import struct
 from typing import Literal
 
 from tools_service.sandbox import plan, process
 from tools_service.sandbox.limits import Limits
-from tools_service.sandbox.outcome import IsolationUnavailable, Outcome, SandboxStatus, ZygoteDied
+from tools_service.sandbox.outcome import ForkFailed, IsolationUnavailable, Outcome, SandboxStatus, ZygoteDied
 from tools_service.sandbox.running import Child, NotBegun, encode_job, lowered, refusal
 from tools_service.sandbox.self_attack import breaches
 from tools_service.sandbox.session import Session
+from tools_service.sandbox.supply import TAKE_S, Supply
 
 __all__ = ["IsolationUnavailable", "Limits", "Outcome", "Sandbox", "SandboxStatus", "Session"]
 
-TAKE_S = 5.0  # for a child to be forked and locked down; past it the fork server is replaced
 MAX_ATTEMPTS = 3
 MAX_FAILED_STARTS = 3
 CANDIDATES = {"auto": ("bubblewrap", "landlock", "seccomp")} | {name: (name,) for name in ("bubblewrap", "landlock", "seccomp")}
@@ -61,10 +60,7 @@ class Sandbox:
         self._restarting: asyncio.Task | None = None
         self._closed = False
         self._broken = ""
-        self._ready: collections.deque[Child] = collections.deque()
-        self._children: dict[int, Child] = {}  # every child that has been announced and not reported dead
-        self._waiters: dict[bool, collections.deque[asyncio.Future]] = {False: collections.deque(), True: collections.deque()}
-        self._num_asked = {False: 0, True: 0}  # forks requested and not yet announced, by kind: one-shot, session
+        self._supply = Supply(self.limits, num_ahead, lambda: self._zygote, self._replace)
         self._num_outcomes: collections.Counter[str] = collections.Counter()
 
     @property
@@ -112,59 +108,17 @@ class Sandbox:
             raise IsolationUnavailable(f"this machine is {os.uname().machine}; the system call filter knows x86-64 only")
         self._broken = ""
         self._plan = plan.plan(isolation, self.limits, self.preload)
-        self._zygote = await self._start_zygote()
-        self._fill()
+        try:
+            self._zygote = await self._start_zygote()
+        except BaseException:
+            await process.remove_scratch(self._plan)
+            raise
+        self._supply.fill()
 
     async def _start_zygote(self) -> process.Zygote:
-        zygote = process.Zygote(self._on_message, self._on_death)
-        try:
-            await zygote.start(self._plan)
-        except BaseException:
-            zygote.remove_scratch()
-            raise
+        zygote = process.Zygote(self._supply.on_message, self._on_death)
+        await zygote.start(self._plan)
         return zygote
-
-    def _fill(self) -> None:
-        """Asks for as many children as are wanted and not on their way."""
-        if self._zygote is None:
-            return
-        wanted = {False: self.num_ahead - len(self._ready) + self._num_waiting(False), True: self._num_waiting(True)}
-        for session, request in ((False, b"f"), (True, b"s")):
-            while self._num_asked[session] < wanted[session]:
-                self._num_asked[session] += 1
-                self._zygote.send(request)
-
-    def _num_waiting(self, session: bool) -> int:
-        return sum(not waiter.done() for waiter in self._waiters[session])
-
-    def _on_message(self, message: bytes, fds: list[int]) -> None:
-        kind = message[:1]
-        if kind == b"R" and len(fds) == 3:
-            number, session = struct.unpack("<I?", message[1:])
-            child = Child(number, *fds, self.limits)
-            self._children[number] = child
-            self._num_asked[session] -= 1
-            waiters = self._waiters[session]
-            while waiters:
-                waiter = waiters.popleft()
-                if not waiter.done():
-                    waiter.set_result(child)
-                    return
-            child.close() if session else self._ready.append(child)
-        elif kind == b"X":
-            number, wait_status, cpu_us = struct.unpack("<IiQ", message[1:])
-            child = self._children.pop(number, None)
-            if child is None:  # it died before it was locked down
-                self._replace("a child ended before it was locked down")
-                return
-            if not child.exit.done():
-                child.exit.set_result((wait_status, cpu_us / 1e6))
-            if child in self._ready:
-                self._ready.remove(child)
-                child.close()
-                self._fill()
-        else:
-            self._replace(message[1:].decode(errors="replace") or "the fork server sent what it never sends")
 
     def _replace(self, reason: str) -> None:
         if self._zygote is not None:
@@ -175,30 +129,12 @@ class Sandbox:
         """Everything that ran under it died with it; what waits is served by the next one."""
         self._zygote = None
         self._broken = reason or "the fork server died"
-        self._forget_children()
+        self._supply.forget(self._broken)
         if self._restarting is None:
             if self.tier and not self._closed:
                 self._restarting = asyncio.get_running_loop().create_task(self._restart())
             else:  # it died while it was being tried
-                self._fail_waiters()
-
-    def _forget_children(self) -> None:
-        for child in list(self._children.values()):
-            if not child.exit.done():
-                child.kill()
-                child.exit.set_exception(ZygoteDied(self._broken))
-        for child in self._ready:
-            child.close()
-        self._ready.clear()
-        self._children.clear()
-        self._num_asked = {False: 0, True: 0}
-
-    def _fail_waiters(self) -> None:
-        for waiters in self._waiters.values():
-            for waiter in waiters:
-                if not waiter.done():
-                    waiter.set_exception(ZygoteDied(self._broken))
-            waiters.clear()
+                self._supply.fail_waiters(self._broken)
 
     async def _restart(self) -> None:
         try:
@@ -206,34 +142,32 @@ class Sandbox:
                 with contextlib.suppress(IsolationUnavailable, ValueError, OSError):
                     self._zygote = await self._start_zygote()
                     self.num_restarts += 1
-                    self._fill()
+                    self._supply.fill()
                     return
                 await asyncio.sleep(0.1 * 2**attempt)
-            self._fail_waiters()
+            self._supply.fail_waiters(self._broken)
         finally:
             self._restarting = None
 
     async def take(self, session: bool = False) -> Child:
         """A child that is locked down and has no code yet. Raises ZygoteDied where there is none within 2 * TAKE_S."""
         for _ in range(2):
-            if not session and self._ready:
-                child = self._ready.popleft()
-                self._fill()
+            if not session and self._supply.ready:
+                child = self._supply.ready.popleft()
+                self._supply.fill()
                 return child
             if self._closed or (self._zygote is None and self._restarting is None):
                 self._revive()
-            waiter = asyncio.get_running_loop().create_future()
-            self._waiters[session].append(waiter)
-            self._fill()
+            waiter = self._supply.next_child(session)
             try:
                 return await asyncio.wait_for(waiter, TAKE_S + (process.START_S if self._restarting else 0))
-            except TimeoutError:
-                self._replace(f"the fork server did not fork within {TAKE_S:.0f} s")
+            except TimeoutError:  # whether the server is to blame, the supply judges: the request may be of this moment
+                continue
             except asyncio.CancelledError:
                 if waiter.done() and not waiter.cancelled() and not waiter.exception():
                     waiter.result().close()
                 raise
-        raise ZygoteDied(self._broken)
+        raise ZygoteDied(self._broken or "no child was forked in time")
 
     def _revive(self) -> None:
         if self._closed or not self.tier:
@@ -260,6 +194,9 @@ class Sandbox:
                 return await child.run_once(job, wall_s)
             except NotBegun:
                 reason = "no child lived until it had the code"
+            except ForkFailed as error:
+                reason = str(error)
+                break
             except ZygoteDied as error:
                 if self._zygote is not None:  # it hangs: its children are killed, their ends not reported
                     self._replace(str(error))
@@ -275,14 +212,16 @@ class Sandbox:
 
     def stats(self) -> dict[str, float]:
         counts = {f"num_{status}": float(self._num_outcomes[status]) for status in SandboxStatus}
-        running = sum(not child.exit.done() for child in self._children.values()) - len(self._ready)
+        running = sum(not child.exit.done() for child in self._supply.children.values()) - len(self._supply.ready)
         return {**counts, "num_restarts": float(self.num_restarts), "num_running": float(running)}
 
     async def _end_zygote(self) -> None:
         zygote, self._zygote = self._zygote, None
-        self._forget_children()
+        self._supply.forget(self._broken)
         if zygote is not None:
             await zygote.leave()
+        if self._plan is not None:
+            await process.remove_scratch(self._plan)
 
     async def close(self) -> None:
         """Ends every snippet and the fork server. Calls in flight end as UNAVAILABLE. Idempotent."""
@@ -292,5 +231,5 @@ class Sandbox:
             with contextlib.suppress(BaseException):
                 await self._restarting
         self._broken = "the sandbox was closed"
-        self._fail_waiters()
+        self._supply.fail_waiters(self._broken)
         await self._end_zygote()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
-import resource
 import shutil
 import sys
 import sysconfig
 import tempfile
 from dataclasses import asdict, dataclass
 
+from tools_service.sandbox.descriptors import check_open_files
 from tools_service.sandbox.limits import MIB, Limits
 from tools_service.sandbox.outcome import IsolationUnavailable
 
@@ -56,16 +56,6 @@ def site_paths(preload: tuple[str, ...]) -> list[str]:
         if path not in paths:
             paths.append(path)
     return paths
-
-
-def check_open_files(limits: Limits) -> None:
-    """The fork server holds a descriptor of that number. Raises ValueError."""
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    if hard != resource.RLIM_INFINITY and limits.max_open_files >= hard:
-        raise ValueError(
-            f"sandbox limit max_open_files={limits.max_open_files} must be below this machine's own limit on the open files of a "
-            f"process, {hard}; lower it or raise that (ulimit -Hn)"
-        )
 
 
 def private_uid() -> int | None:

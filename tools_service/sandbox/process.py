@@ -11,11 +11,13 @@ import signal
 import socket
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 
 from tools_service.sandbox.outcome import IsolationUnavailable
 from tools_service.sandbox.plan import ENVIRONMENT, Plan
 
 START_S = 30.0  # a preload set such as sympy takes seconds on a busy machine
+CLEAN_S = 10.0  # for removing what a fork server that was killed left behind
 
 
 class Zygote:
@@ -28,16 +30,14 @@ class Zygote:
         self._process: subprocess.Popen | None = None
         self._control: socket.socket | None = None
         self._complaints = -1
-        self.scratch: str | None = None
 
     async def start(self, plan: Plan) -> None:
         """Raises IsolationUnavailable with what the server, or what wraps it, said; ValueError for a module that cannot be loaded."""
         self._loop = asyncio.get_running_loop()
-        self.scratch = plan.scratch
         self._spawn(plan)
         ready = self._loop.create_future()
         self._started = ready
-        self._loop.add_reader(self._control.fileno(), self._read)
+        self._loop.add_reader(self._control.fileno(), self.read)
         try:
             message = await asyncio.wait_for(ready, START_S)
         except TimeoutError:
@@ -99,7 +99,8 @@ class Zygote:
         text = os.pread(self._complaints, 4000, 0).decode(errors="replace").strip() if self._complaints >= 0 else ""
         return text.splitlines()[-1] if text else ""
 
-    def _read(self) -> None:
+    def read(self) -> None:
+        """Hands on what the server has said by now."""
         while self._control is not None:
             try:
                 message, fds, _, _ = socket.recv_fds(self._control, 4096, 4)
@@ -150,12 +151,6 @@ class Zygote:
             self._complaints = -1
         self.pid = None
 
-    def remove_scratch(self) -> None:
-        """The server removes its scratch folder; of one that was killed an empty folder may stay behind."""
-        if self.scratch is not None:
-            with contextlib.suppress(OSError):
-                os.rmdir(self.scratch)
-
     async def leave(self, patience_s: float = 1.0) -> None:
         """Lets the server clean up after itself, then makes sure of its end."""
         self.hang_up()
@@ -163,4 +158,23 @@ class Zygote:
         while self._process is not None and self._process.poll() is None and self._loop.time() < deadline:
             await asyncio.sleep(0.005)
         self.close()
-        self.remove_scratch()
+
+
+async def remove_scratch(plan: Plan) -> None:
+    """The server removes its scratch folder. What one that was killed has left in it only another one may look at: with no module to
+    load, it does nothing but remove it."""
+    if plan.scratch is None:
+        return
+    for helped in (False, True):
+        try:
+            os.rmdir(plan.scratch)
+            return
+        except FileNotFoundError:
+            return
+        except OSError:
+            if helped:
+                return
+        helper = Zygote(lambda message, fds: None, lambda reason: None)
+        with contextlib.suppress(IsolationUnavailable, ValueError, OSError):
+            await helper.start(replace(plan, config=plan.config | {"preload": (), "site_paths": []}))
+            await helper.leave(CLEAN_S)

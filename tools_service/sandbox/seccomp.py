@@ -11,6 +11,7 @@ import errno
 import fcntl
 import os
 import struct
+import time
 
 ARCH_X86_64 = 0xC000003E
 ARG, ARG_HIGH = [16 + 8 * i for i in range(6)], [20 + 8 * i for i in range(6)]
@@ -22,6 +23,7 @@ O_CREAT, O_TRUNC, O_ACCMODE, O_PATH, O_TMPFILE = 0o100, 0o1000, 0o3, 0o10000000,
 MMAP, CLONE, MKDIR, MKDIRAT, OPENAT, RENAMEAT2 = 9, 56, 83, 258, 257, 316
 MAP_SHARED, MAP_HUGETLB = 0x1, 0x40000  # MAP_SHARED_VALIDATE has the first bit too
 OWN_PID = 0x5EC0_A11D  # no process id, no flag and no offset of the filter
+COMING_S = 1.0  # in which a thread that was allowed is there, or has come and gone
 # Flags of pthread_create; every one of them, and no namespace, parent or trace flag beside them.
 THREAD_FLAGS = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000 | 0x80000 | 0x100000 | 0x200000
 
@@ -162,23 +164,38 @@ class Supervisor:
     def __init__(self, listener: int, pid: int, max_files: int, max_threads: int):
         self.listener, self.pid = listener, pid
         self.files_left, self.max_threads = max_files, max_threads
+        self.seen: set[str] = set()  # threads, by their ids
+        self.coming: dict[int, float] = {}  # thread that was allowed another one which is not seen yet: until when that counts
 
     def answer(self) -> None:
         """Handles one waiting notification; one whose thread has died meanwhile is nothing to answer."""
         request = bytearray(80)
         try:
             fcntl.ioctl(self.listener, NOTIFY_RECV, request)
-            ident, number = struct.unpack_from("<Q8xi", request)
-            code = self.judge(number)
+            ident, thread, number = struct.unpack_from("<QI4xi", request)
+            code = self.judge(number, thread)
             fcntl.ioctl(self.listener, NOTIFY_SEND, struct.pack("<QqiI", ident, 0, -code, 0 if code else NOTIFY_CONTINUE))
         except OSError:
             return
 
-    def judge(self, number: int) -> int:
+    def judge(self, number: int, thread: int) -> int:
+        """0, or the error with which the system call of that thread fails."""
         if number == CLONE:
             try:
-                return 0 if len(os.listdir(f"/proc/{self.pid}/task")) < self.max_threads else errno.EAGAIN
+                return self.judge_clone(thread, set(os.listdir(f"/proc/{self.pid}/task")), time.monotonic())
             except OSError:
                 return errno.EAGAIN
         self.files_left -= 1
         return 0 if self.files_left >= 0 else errno.EDQUOT
+
+    def judge_clone(self, thread: int, alive: set[str], now: float) -> int:
+        """Threads are counted when they are seen, and from the moment they are allowed: several may ask before the first is there."""
+        self.coming.pop(thread, None)  # it asks again: what it asked for before is done
+        self.coming = {asker: until for asker, until in self.coming.items() if until > now}
+        for _ in range(min(len(alive - self.seen), len(self.coming))):
+            del self.coming[next(iter(self.coming))]
+        self.seen = alive
+        if len(alive) + len(self.coming) >= self.max_threads:
+            return errno.EAGAIN
+        self.coming[thread] = now + COMING_S
+        return 0

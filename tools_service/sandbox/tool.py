@@ -13,6 +13,7 @@ from dataclasses import fields
 
 from tools_service.protocol import ToolCall, ToolResult, ToolStatus
 from tools_service.runner import MAX_OUTPUT_CHARS
+from tools_service.sandbox.descriptors import make_room
 from tools_service.sandbox.limits import MIB, Limits
 from tools_service.sandbox.outcome import IsolationUnavailable, Outcome, SandboxStatus
 from tools_service.sandbox.owner import Sandbox
@@ -118,15 +119,19 @@ class PythonTool:
             num_ahead=max(2, min(max_concurrency, 2 * cores)),
         )
         self._turns = asyncio.Semaphore(max_concurrency)
-        self._max_sessions = max_sessions
+        self._max_concurrency, self._max_sessions = max_concurrency, max_sessions
         self._sessions: OrderedDict[str, _Kept] = OrderedDict()  # the least recently used first
         self._closed_for_room: OrderedDict[str, None] = OrderedDict()
         self._num_results: Counter[ToolStatus] = Counter()
         self._refusal = ""
 
     async def start(self) -> None:
-        """Starts the sandbox, which the first call does otherwise. Raises IsolationUnavailable, or ValueError for a preload set that
-        cannot be loaded: a replica must not take work then."""
+        """Starts the sandbox, which the first call does otherwise. Raises IsolationUnavailable, or ValueError for options that
+        cannot be met here: a replica must not take work then."""
+        sessions = self._max_sessions if self.stateful else 0
+        asked_for = f"max_sessions={sessions} and max_concurrency" if sessions else "max_concurrency"
+        num_children = sessions + self._max_concurrency + self._sandbox.num_ahead
+        make_room(num_children, f"PythonInterpreter: {asked_for}={self._max_concurrency} need")
         await self._sandbox.start()
 
     async def call(self, call: ToolCall) -> ToolResult:

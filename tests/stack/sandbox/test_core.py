@@ -48,7 +48,7 @@ async def test_endless_loop_is_timeout_and_keeps_what_was_printed(isolation: str
 def ready_pids(box: Sandbox) -> set[int]:
     """Children that wait for code, as this process sees them."""
     pids = set()
-    for child in box._ready:
+    for child in box._supply.ready:
         with open(f"/proc/self/fdinfo/{child._pidfd}") as file:
             pids |= {int(line.split()[1]) for line in file if line.startswith("Pid:")}
     return pids
