@@ -109,24 +109,28 @@ def restrict_server(limits: Limits, address_space_bytes: int) -> None:
         resource.setrlimit(*lowered(what, most, most))
 
 
+def new_ruleset(attr: bytes) -> int:
+    return check(libc.syscall(LANDLOCK_CREATE, attr, ctypes.c_size_t(len(attr)), 0), "landlock_create_ruleset")
+
+
+def add_rule(ruleset: int, fd: int, rights: int) -> None:
+    check(libc.syscall(LANDLOCK_ADD, ruleset, 1, struct.pack("<Qi", rights, fd), 0), "landlock_add_rule")
+
+
 def file_rules(confinement: Confinement, scratch: str | None) -> int:
     """A Landlock ruleset, as a descriptor, for one child: made by its parent, for whom it costs no page of memory."""
     abi = confinement.landlock
     handled = (1 << 13) - 1 | (REFER if abi >= 2 else 0) | (TRUNCATE if abi >= 3 else 0) | ((1 << 15) if abi >= 5 else 0)
     # TCP bind and connect from ABI 4; abstract sockets and signals to processes outside from ABI 6.
     attr = struct.pack("<QQQ", handled, 3, 3)[: 24 if abi >= 6 else 16 if abi >= 4 else 8]
-    ruleset = check(libc.syscall(LANDLOCK_CREATE, attr, ctypes.c_size_t(len(attr)), 0), "landlock_create_ruleset")
-
-    def rule(fd: int, rights: int) -> None:
-        check(libc.syscall(LANDLOCK_ADD, ruleset, 1, struct.pack("<Qi", rights & handled, fd), 0), "landlock_add_rule")
-
+    ruleset = new_ruleset(attr)
     for fd, is_folder in confinement.read_fds:
-        rule(fd, READ_FILE | READ_DIR if is_folder else READ_FILE)
+        add_rule(ruleset, fd, READ_FILE | READ_DIR if is_folder else READ_FILE)
     for fd in confinement.device_fds:
-        rule(fd, READ_FILE | 1 << 1)
+        add_rule(ruleset, fd, READ_FILE | 1 << 1)
     if scratch is not None:
         fd = os.open(scratch, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        rule(fd, SCRATCH_RIGHTS | REFER | TRUNCATE)
+        add_rule(ruleset, fd, (SCRATCH_RIGHTS | REFER | TRUNCATE) & handled)
         os.close(fd)
     return ruleset
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import os
 import random
@@ -17,6 +18,7 @@ from tools_service.sandbox.outcome import IsolationUnavailable
 
 SCRATCH_TMPFS_BYTES = 1024 * MIB
 TIERS = {"bubblewrap": "bubblewrap+landlock+seccomp", "landlock": "landlock+seccomp", "seccomp": "seccomp", "none": "none"}
+PACKAGE_FOLDERS = ("site-packages", "dist-packages")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache", "/usr/share/zoneinfo")
 # One thread per BLAS call: a fork server must have no threads, and a snippet has one core's share anyway.
@@ -58,6 +60,12 @@ def site_paths(preload: tuple[str, ...]) -> list[str]:
     return paths
 
 
+def package_folders(roots: list[str]) -> list[str]:
+    """Where packages are installed that are none of the standard library's, below folders that are read."""
+    patterns = [os.path.join(root, *inner, name) for root in roots for inner in ((), ("python*",)) for name in PACKAGE_FOLDERS]
+    return sorted({os.path.realpath(path) for pattern in patterns for path in glob.glob(pattern)})
+
+
 def private_uid() -> int | None:
     """A user id that nobody has, for a server that root starts; None where we are not root."""
     if os.geteuid() != 0:
@@ -94,9 +102,10 @@ def plan(isolation: str, limits: Limits, preload: tuple[str, ...]) -> Plan:
     stdlib = sysconfig.get_path("stdlib")
     source = os.path.dirname(os.path.abspath(__file__))
     python = os.path.realpath(sys.executable)
-    reads = [os.path.realpath(path) for path in (stdlib, *sites)]
     uid = private_uid()
-    needed = [python, source, *reads]
+    needed = [python, source, os.path.realpath(stdlib), *sites]
+    base = os.path.join(os.path.realpath(sys.base_prefix), "lib")
+    hidden = package_folders([os.path.realpath(path) for path in (stdlib, base, *LIBRARIES)])
     if isolation == "landlock" and uid is not None and not all(map(open_to_all, needed)):
         uid = None  # uid 0 without any capability reads the interpreter; a stranger would not
     if isolation == "seccomp":
@@ -105,7 +114,9 @@ def plan(isolation: str, limits: Limits, preload: tuple[str, ...]) -> Plan:
     server = (python, "-s", "-S", "-P", "-B", "-u", "-X", "utf8", os.path.join(source, "zygote.py"))
     host_scratch = None
     if isolation == "bubblewrap":
-        command = (*bubblewrap([*needed, os.path.join(os.path.realpath(sys.base_prefix), "lib")]), "--", *server)
+        empty = [path for path in hidden if not any(f"{need}/".startswith(f"{path}/") for need in needed)]
+        hidden = [path for path in hidden if path not in empty]
+        command = (*bubblewrap([*needed, base], empty), "--", *server)
     else:
         command, scratch = server, None
         if isolation != "seccomp":
@@ -113,8 +124,8 @@ def plan(isolation: str, limits: Limits, preload: tuple[str, ...]) -> Plan:
             if uid is not None:
                 os.chown(scratch, uid, uid)
     config = {
-        "limits": asdict(limits), "preload": preload, "site_paths": sites, "read_paths": rule_paths([*reads, *LIBRARIES]),
-        "devices": DEVICES, "scratch": scratch, "landlock": isolation in ("bubblewrap", "landlock"),
+        "limits": asdict(limits), "preload": preload, "site_paths": sites, "read_paths": rule_paths([stdlib, *LIBRARIES]),
+        "hidden": hidden, "devices": DEVICES, "scratch": scratch, "landlock": isolation in ("bubblewrap", "landlock"),
         "seccomp": isolation != "none", "uid": uid,
     }  # fmt: skip
     return Plan(command, config, host_scratch)
@@ -131,7 +142,7 @@ def parents_of(path: str) -> list[str]:
     return ["/" + "/".join(parts[:depth]) for depth in range(1, len(parts))]
 
 
-def bubblewrap(binds: list[str]) -> list[str]:
+def bubblewrap(binds: list[str], empty: list[str]) -> list[str]:
     program = shutil.which("bwrap")
     if program is None:
         raise IsolationUnavailable("bubblewrap: no `bwrap` on PATH; install it (apt-get install bubblewrap)")
@@ -150,6 +161,8 @@ def bubblewrap(binds: list[str]) -> list[str]:
             args += ["--symlink", os.readlink(path), path]
         elif os.path.exists(path):
             args += ["--ro-bind", path, path]
+    for path in empty:
+        args += ["--perms", "0555", "--tmpfs", path]
     for path in DEVICES:
         args += ["--dev-bind", path, path]
     args += ["--proc", "/proc", "--perms", "0777", "--size", str(SCRATCH_TMPFS_BYTES), "--tmpfs", "/scratch", "--chdir", "/scratch"]

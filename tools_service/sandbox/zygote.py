@@ -28,9 +28,8 @@ from dataclasses import dataclass
 sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 from tools_service.sandbox import child as child_side
-from tools_service.sandbox import cleaner, lockdown
-from tools_service.sandbox.limits import Limits
-from tools_service.sandbox.seccomp import Supervisor, allow_list
+from tools_service.sandbox import cleaner, lockdown, reach
+from tools_service.sandbox.seccomp import Supervisor
 
 sys.path.pop()
 MAX_MESSAGE_BYTES = 1 << 17
@@ -232,6 +231,7 @@ def load(config: dict) -> None:
         setattr(builtins, name, _sitebuiltins.Quitter(name, ""))
     builtins.help = _sitebuiltins._Helper()
     child_side.hide_frames_of(sys.path)
+    sys.path[:] = [path for path in sys.path if path not in config["site_paths"]]  # what else lies there cannot be read
     child_side.warm_up()
     importlib.invalidate_caches()
 
@@ -245,20 +245,6 @@ def hide_host_name() -> None:
     platform.uname()
 
 
-def open_confinement(config: dict) -> lockdown.Confinement:
-    """Opens what children may read, once: a rule binds to the file, not to its name."""
-    def opened(path: str) -> int:
-        return os.open(path, os.O_PATH | os.O_CLOEXEC)
-
-    read = tuple((opened(path), os.path.isdir(path)) for path in config["read_paths"] if os.path.exists(path))
-    devices = tuple(opened(path) for path in config["devices"] if os.path.exists(path))
-    limits = Limits(**config["limits"])
-    programs = None
-    if config["seccomp"]:
-        programs = tuple(allow_list(config["landlock"], supervised, limits.max_open_files) for supervised in (True, False))
-    return lockdown.Confinement(limits, read, devices, lockdown.landlock_abi() if config["landlock"] else 0, programs)
-
-
 def main() -> None:
     control = socket.socket(fileno=os.dup(0))
     control.set_inheritable(False)
@@ -269,11 +255,13 @@ def main() -> None:
         config = json.loads(message)
         channel = reserve_channel(config["limits"]["max_open_files"])
         load(config)
+        parts = reach.parts_of_modules(config["site_paths"])
         drop_privileges(config["uid"])
-        confinement = open_confinement(config)
+        confinement = reach.open_confinement(config, parts)
         with open("/proc/self/statm") as file:
             mapped_bytes = int(file.read().split()[0]) * resource.getpagesize()
         lockdown.restrict_server(confinement.limits, mapped_bytes + confinement.limits.memory_bytes)
+        reach.hide(config, parts, confinement.landlock)
         if config["scratch"]:
             cleaner.sweep(confinement, config["scratch"])
         if len(os.listdir("/proc/self/task")) != 1:

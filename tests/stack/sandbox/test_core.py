@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -23,6 +24,7 @@ from stack.sandbox.core_helpers import ISOLATIONS, alive, descendants, gone, san
 
 from tools_service.sandbox.limits import MAX_S, MAX_VALUE, MIB, MIN_OPEN_FILES
 from tools_service.sandbox.owner import Limits, Sandbox, SandboxStatus
+from tools_service.sandbox.plan import LIBRARIES, package_folders
 from tools_service.sandbox.probe import probe
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -196,6 +198,42 @@ async def test_seed_reaches_the_generators_of_preloaded_packages_in_every_fork_s
     assert first == again == drawn[1][0] and len(first) == 3
     for numbers in zip(first, other, free, freer, strict=True):
         assert len(set(numbers)) == 4
+
+
+async def test_beside_the_preloaded_packages_no_other_can_be_read_or_imported(isolation: str) -> None:
+    import numpy
+
+    beside = package_folders([sysconfig.get_path("stdlib"), *LIBRARIES])
+    folders = sorted({os.path.dirname(os.path.dirname(numpy.__file__)), *beside})
+    names = {name for folder in folders for name in os.listdir(folder) if not name.startswith(("numpy", "sympy", "mpmath"))}
+    assert names
+    look = f"""
+import os, sys
+for folder in {folders}:
+    sys.path.append(folder)
+    try: print('listed', folder) if os.listdir(folder) else None
+    except OSError: pass
+    for name in {sorted(names)}:
+        for path in (name, name + '/__init__.py', name + '/METADATA'):
+            try: print('read', path, len(open(os.path.join(folder, path)).read()))
+            except OSError: pass
+for name in ('yaml', 'httpx', 'pip', 'pydantic', 'toolrl_ray', 'tools_service.sandbox.tool'):
+    try: print(__import__(name))
+    except (ModuleNotFoundError, PermissionError): pass
+"""
+    works = """
+import numpy as np, sympy, inspect, json.tool, numpy.ma, numpy.polynomial, numpy.testing, sqlite3, sympy.physics.units, sympy.stats, os
+print(np.linalg.det(np.eye(2)), np.fft.fft([1.0])[0].real, sympy.integrate(sympy.Symbol('x')), len(inspect.getsource(sympy.sqrt)) > 9)
+open('a', 'w').close()
+os.mkdir('d')
+os.rename('a', 'd/a')
+print(os.listdir('d'))
+"""
+    async with sandbox(isolation, Limits(wall_s=10.0, memory_bytes=1 << 30), preload=("numpy", "sympy")) as box:
+        outcome = await box.run(look)
+        listed = {f"listed {folder}" for folder in beside} if isolation == "landlock" else set()
+        assert outcome.status is SandboxStatus.OK and set(outcome.output.splitlines()) <= listed, outcome.output
+        assert (await box.run(works)).output == "1.0 1.0 x**2/2 True\n['a']\n"
 
 
 async def test_two_snippets_see_nothing_of_each_other(isolation: str) -> None:
