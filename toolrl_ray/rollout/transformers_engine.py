@@ -173,9 +173,9 @@ class TransformersEngine:
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        parameters = dict(self._model.named_parameters())
+        own = self._model.state_dict(keep_vars=True)  # persistent buffers are weights too, such as the bias of a router
         for name, tensor in weights:
-            parameters[name].copy_(tensor)
+            own[name].copy_(tensor)
 
     def shutdown(self) -> None:
         """Ends what is being sampled for callers that have gone."""

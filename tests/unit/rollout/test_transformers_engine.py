@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from toolrl_ray.learner.engine import policy_tensors
 from toolrl_ray.rollout.transformers_engine import TransformersEngine
 from toolrl_ray.types import SamplingParams
 
@@ -111,6 +112,17 @@ def test_new_weights_are_sampled_from_and_stamped(model, engine):
     assert after.policy_versions[0] == 9
     assert float(reference(twin, [2, 3, *after.token_ids])[1, after.token_ids[0]]) == pytest.approx(after.logprobs[0], abs=1e-5)
     assert before.logprobs != after.logprobs
+
+
+def test_what_the_learner_sends_of_a_model_with_a_persistent_buffer_is_all_loaded():
+    def make(value: float) -> torch.nn.Module:
+        model = torch.nn.Linear(2, 2)
+        model.register_buffer("router_bias", torch.full((2,), value))
+        return model
+
+    trained, own = make(1.0), make(0.0)
+    TransformersEngine(own, decode, [EOS], max_batch=4, seed=0, policy_version=0).load_weights(policy_tensors(trained))
+    assert all(torch.equal(own.state_dict()[name], tensor) for name, tensor in trained.state_dict().items())
 
 
 def test_a_failure_of_the_model_reaches_every_waiting_episode(engine):
