@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from toolrl_ray.config import RunConfig
-from toolrl_ray.errors import RolloutError
+from toolrl_ray.errors import RolloutError, UserError
 from toolrl_ray.types import Completion, SamplingParams
 from toolrl_ray.weights.vllm_object_store import DIE_WITH_PARENT
 
@@ -36,6 +36,16 @@ def _set_environment(config: RunConfig, on_gpu: bool, weight_backend: str) -> No
 
 class VLLMEngine:
     """policy_dir: Hugging Face folder or Hub name. weight_backend: "object_store", "nccl" or "ipc".
+def _check_platform(num_gpus: float, is_cpu_build: bool) -> None:
+    """Ray hides no GPU from an actor that asks for none, and vLLM takes what its build is for."""
+    if num_gpus == 0 and not is_cpu_build:
+        raise UserError("rollout.num_gpus=0, but the vLLM installed here is not its CPU build: set rollout.num_gpus, or install '.[cpu]'")
+    if num_gpus > 0 and is_cpu_build:
+        raise UserError(
+            f"rollout.num_gpus={num_gpus:g}, but the vLLM installed here is its CPU build: set rollout.num_gpus=0, or install '.[gpu]'"
+        )
+
+
     on_death: called when vLLM's engine-core process is found dead, which this object cannot mend."""
 
     def __init__(
@@ -47,8 +57,10 @@ class VLLMEngine:
         from vllm.config import WeightTransferConfig
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        from vllm.platforms import current_platform
         _leave_logprobs_undecoded()
         self._version = policy_version
+        _check_platform(config.rollout.num_gpus, current_platform.is_cpu())
         self._on_death = on_death
         self._update_open = False
         self._seed, self._draws_apart = config.seed, not on_gpu
