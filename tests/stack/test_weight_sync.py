@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 
 import pytest
 import torch
@@ -71,6 +72,7 @@ async def scenario(path: str, model) -> None:
             sampled = expected(model, SEQUENCE[:10] + completion.token_ids)[9:]
             assert torch.tensor(completion.logprobs) == pytest.approx(sampled, abs=1e-4)
         await in_flight(engine, model)
+        await broken_off(engine, model)
     finally:
         engine.shutdown()
 
@@ -85,6 +87,29 @@ async def in_flight(engine: VLLMEngine, model) -> None:
     versions = {version for completion in completions for version in completion.policy_versions}
     assert versions == {NUM_SYNCS, NUM_SYNCS + 1}
     assert all(completion.policy_versions == sorted(completion.policy_versions) for completion in completions)
+
+
+async def broken_off(engine: VLLMEngine, model) -> None:
+    """Whatever became of an attempt, and connected anew or not, the next one brings the weights."""
+
+    async def left_open() -> None:
+        await engine.start_weight_update()
+
+    async def failed() -> None:
+        await engine.start_weight_update()
+        with pytest.raises(Exception, match="collective_rpc method failed"):
+            await engine.update_weights({"payload": b"no safetensors"})
+
+    for version, (attempt, reconnects) in enumerate(itertools.product((left_open, failed), (False, True)), NUM_SYNCS + 2):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.01)
+        await engine.pause()
+        await attempt()
+        if reconnects:
+            await engine.init_weight_transfer({})
+        await send(engine, model, version)
+        assert torch.tensor(await engine.score(SEQUENCE)) == pytest.approx(expected(model, SEQUENCE), abs=1e-4)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

@@ -17,6 +17,8 @@ from toolrl_ray.errors import RolloutError, UserError
 from toolrl_ray.types import Completion, SamplingParams
 from toolrl_ray.weights.vllm_object_store import DIE_WITH_PARENT
 
+NO_UPDATE_IS_OPEN = "without a matching start_weight_update"  # in vLLM's error
+
 
 def _set_environment(config: RunConfig, on_gpu: bool, weight_backend: str) -> None:
     """vLLM reads these when it is imported and hands them to its child processes."""
@@ -34,8 +36,6 @@ def _set_environment(config: RunConfig, on_gpu: bool, weight_backend: str) -> No
         os.environ["OMP_NUM_THREADS"] = str(config.rollout.num_threads)
 
 
-class VLLMEngine:
-    """policy_dir: Hugging Face folder or Hub name. weight_backend: "object_store", "nccl" or "ipc".
 def _check_platform(num_gpus: float, is_cpu_build: bool) -> None:
     """Ray hides no GPU from an actor that asks for none, and vLLM takes what its build is for."""
     if num_gpus == 0 and not is_cpu_build:
@@ -46,6 +46,8 @@ def _check_platform(num_gpus: float, is_cpu_build: bool) -> None:
         )
 
 
+class VLLMEngine:
+    """policy_dir: Hugging Face folder or Hub name. weight_backend: "object_store", "nccl" or "ipc".
     on_death: called when vLLM's engine-core process is found dead, which this object cannot mend."""
 
     def __init__(
@@ -55,14 +57,14 @@ def _check_platform(num_gpus: float, is_cpu_build: bool) -> None:
         _set_environment(config, on_gpu, weight_backend)
         from vllm import AsyncEngineArgs
         from vllm.config import WeightTransferConfig
+        from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from vllm.platforms import current_platform
+        _check_platform(config.rollout.num_gpus, current_platform.is_cpu())
         _leave_logprobs_undecoded()
         self._version = policy_version
-        _check_platform(config.rollout.num_gpus, current_platform.is_cpu())
         self._on_death = on_death
-        self._update_open = False
+        self._update_may_be_open = False
         self._seed, self._draws_apart = config.seed, not on_gpu
         self._recompute = config.weights.kv_cache == "recompute"
         num_sequences = max(config.rollout.max_in_flight, config.eval.max_in_flight)
@@ -163,28 +165,37 @@ def _check_platform(num_gpus: float, is_cpu_build: bool) -> None:
         await self._llm.pause_generation(mode="keep", clear_cache=self._recompute)
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
+        """In the place of the connection before, if there was one: nothing else would ever free that."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
+        await self._close_update()  # vLLM gives no connection up during an update
+        await self._llm.shutdown_weight_transfer_engine()
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
     async def start_weight_update(self) -> None:
-        if self._update_open:  # left open by a sync that broke off: closing it puts back the weights that were not replaced
-            await self._llm.finish_weight_update()
-        self._update_open = True
+        await self._close_update()
+        self._update_may_be_open = True
         await self._llm.start_weight_update()
+
+    async def _close_update(self) -> None:
+        """One that a sync which broke off has left open: closing it puts back the weights that were not replaced."""
+        if not self._update_may_be_open:
+            return
+        try:
+            await self._llm.finish_weight_update()
+        except Exception as error:  # of no class of its own
+            if NO_UPDATE_IS_OPEN not in str(error):  # it never began, or vLLM closed it when it failed
+                raise
+        self._update_may_be_open = False
 
     async def update_weights(self, update_info: Any) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        try:
-            await self._llm.update_weights(WeightTransferUpdateRequest(update_info=update_info))
-        except Exception:
-            self._update_open = False  # vLLM closes an update that failed
-            raise
+        await self._llm.update_weights(WeightTransferUpdateRequest(update_info=update_info))
 
     async def finish_weight_update(self, policy_version: int) -> None:
         await self._llm.finish_weight_update(weight_version=str(policy_version))
-        self._update_open = False
+        self._update_may_be_open = False
         self._version = policy_version
 
     async def resume(self) -> None:

@@ -1,0 +1,120 @@
+"""What a VLLMEngine asks of vLLM when a weight sync breaks off, and which vLLM it refuses. test_weight_sync.py has vLLM itself do it."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from toolrl_ray.config import RunConfig
+from toolrl_ray.errors import UserError
+from toolrl_ray.rollout.vllm_engine import VLLMEngine, _check_platform, _set_environment
+
+
+@pytest.fixture(autouse=True)
+def environment() -> None:
+    """As an engine sets it before it imports vLLM: the engines of other tests in this process find vLLM imported."""
+    _set_environment(RunConfig(recipe="test"), False, "object_store")
+
+
+class Worker:
+    """AsyncLLM's calls with the rules of a vLLM worker.
+    fails: calls that fail, each once; "started" after the effect of "start"."""
+
+    def __init__(self, *fails: str):
+        self.fails, self.active, self.calls = list(fails), False, []
+
+    def _note(self, call: str) -> None:
+        self.calls.append(call)
+        if call in self.fails:
+            self.fails.remove(call)
+            raise RuntimeError(f"Call to collective_rpc method failed: {call}: out of memory")
+
+    async def start_weight_update(self) -> None:
+        if self.active:
+            raise RuntimeError("start_weight_update called while a weight update is already active. Call finish_weight_update first.")
+        self._note("start")
+        self.active = True
+        self._note("started")
+
+    async def update_weights(self, request: object) -> None:
+        if not self.active:
+            raise RuntimeError("start_weight_update must be called before update_weights.")
+        try:
+            self._note("update")
+        except RuntimeError:
+            self.active = False
+            raise
+
+    async def finish_weight_update(self, weight_version: str | None = None) -> None:
+        if not self.active:
+            raise RuntimeError("finish_weight_update called without a matching start_weight_update.")
+        self._note("finish")
+        self.active = False
+
+    async def shutdown_weight_transfer_engine(self) -> None:
+        if self.active:
+            raise RuntimeError("Cannot release a trainer connection during a weight update")
+        self._note("shutdown")
+
+    async def init_weight_transfer_engine(self, request: object) -> None:
+        self._note("init")
+
+
+def engine_on(worker: Worker) -> VLLMEngine:
+    engine = object.__new__(VLLMEngine)  # as it is once vLLM is loaded
+    engine._llm, engine._update_may_be_open, engine._version = worker, False, 0
+    return engine
+
+
+async def sync(engine: VLLMEngine) -> None:
+    await engine.start_weight_update()
+    await engine.update_weights({"payload": b""})
+    await engine.finish_weight_update(1)
+
+
+@pytest.mark.parametrize("fails", ["start", "started", "update", "finish"])
+@pytest.mark.parametrize("reconnects", [True, False])
+def test_after_a_failed_attempt_in_any_phase_the_next_one_goes_through(fails: str, reconnects: bool) -> None:
+    worker = Worker(fails)
+    engine = engine_on(worker)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        asyncio.run(sync(engine))
+    if reconnects:
+        asyncio.run(engine.init_weight_transfer({}))
+    asyncio.run(sync(engine))
+    assert not worker.active and engine._version == 1
+
+
+def test_an_update_that_cannot_be_closed_is_said_and_tried_again() -> None:
+    worker = Worker("finish", "finish")
+    engine = engine_on(worker)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="finish: out of memory"):
+            asyncio.run(sync(engine))
+    asyncio.run(sync(engine))
+    assert not worker.active
+
+
+def test_a_new_connection_ends_the_one_before() -> None:
+    worker = Worker()
+    engine = engine_on(worker)
+    for _ in range(2):
+        asyncio.run(engine.init_weight_transfer({}))
+        asyncio.run(sync(engine))
+    connection = ["shutdown", "init", "start", "started", "update", "finish"]
+    assert worker.calls == 2 * connection
+
+
+def test_a_vllm_of_the_other_kind_is_refused_in_one_line() -> None:
+    from vllm.platforms import current_platform
+
+    with pytest.raises(UserError, match=r"^rollout.num_gpus=0, but .* set rollout.num_gpus.*$"):
+        _check_platform(0, is_cpu_build=False)
+    with pytest.raises(UserError, match=r"^rollout.num_gpus=0.5, but .* set rollout.num_gpus=0.*$"):
+        _check_platform(0.5, is_cpu_build=True)
+    if current_platform.is_cpu():
+        with pytest.raises(UserError, match="^rollout.num_gpus=1, but the vLLM installed here is its CPU build"):
+            VLLMEngine(RunConfig(recipe="test", rollout={"num_gpus": 1}, learner={"num_gpus": 1}), "nowhere", "object_store", 0)
+    _check_platform(0, is_cpu_build=True)
+    _check_platform(0.5, is_cpu_build=False)
