@@ -20,7 +20,7 @@ from toolrl_ray.errors import PlacementError, UserError
 from toolrl_ray.local_ray import start_local
 from toolrl_ray.placement import check, plan, reserve
 from toolrl_ray.run_dir import write_whole
-from toolrl_ray.weights.sync import WeightSync, select_backend
+from toolrl_ray.weights.sync import WeightSync, select_backend, shares_gpu
 from tools_service.serve_handles import ReplicaStats
 
 log = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ def ray_parts(config: RunConfig, policy_dir: str, say: Callable[[str], None], *,
         counts = f"{config.rollout.num_actors} x {config.rollout.engine}, {len(learners)} x learner"
         say(f"starting {counts}, tools: {', '.join(config.tools.names)}")
         jobs = {tools_start: lambda: (join_tools if config.tools.app else start_tools)(config.tools, app_name), Future(): pool.start}
-        _all_at_once(jobs | ({Future(): learner_group.start} if learner_group else {}))
+        _start(config, jobs, {Future(): learner_group.start} if learner_group else {})
         if learner_group:
             weights = WeightSync(config, pool, learners)
             weights.connect()
@@ -251,6 +251,12 @@ def _within(seconds: float, job: Callable[[], Any]) -> None:
     done: Future[Any] = Future()
     _all_in_threads({done: job})
     done.result(timeout=seconds)
+
+
+def _start(config: RunConfig, others: dict[Future[Any], Callable[[], Any]], learner: dict[Future[Any], Callable[[], Any]]) -> None:
+    """All at once, but on a GPU that they share the engine first: vLLM measures its memory while it loads, which nobody may change then."""
+    for jobs in [others, learner] if shares_gpu(config) else [others | learner]:
+        _all_at_once(jobs)
 
 
 def _all_at_once(jobs: dict[Future[Any], Callable[[], Any]]) -> None:

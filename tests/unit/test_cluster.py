@@ -67,6 +67,32 @@ def test_a_start_that_takes_too_long_is_not_waited_for_any_more() -> None:
         end.set()
 
 
+SHARED = ["rollout.num_gpus=0.5", "learner.num_gpus=0.5", "rollout.gpu_memory_utilization=0.4"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "at_once"),
+    [([], True), (["rollout.num_gpus=1", "learner.num_gpus=1"], True), (SHARED, False)],
+    ids=["cpu", "a GPU each", "a shared GPU"],
+)
+def test_only_on_a_shared_gpu_the_learner_loads_after_the_engine(overrides: list[str], at_once: bool) -> None:
+    learner_loads, seen = threading.Event(), []
+
+    def engine() -> None:
+        seen.append(learner_loads.wait(30 if at_once else 0.5))
+
+    cluster._start(load("calculator", overrides), {Future(): engine}, {Future(): learner_loads.set})
+    assert seen == [at_once] and learner_loads.is_set()
+
+
+def test_a_learner_does_not_load_beside_an_engine_that_failed_to() -> None:
+    def fails() -> None:
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        cluster._start(load("calculator", SHARED), {Future(): fails}, {Future(): pytest.fail})
+
+
 def test_engines_on_gpus_have_seeds_of_their_own_and_those_on_cpu_the_runs() -> None:
     config = load("calculator", ["seed=3"])
     on_gpu = load("calculator", ["seed=3", "rollout.num_gpus=1", "learner.num_gpus=1"])

@@ -37,7 +37,14 @@ class LearnerActor:
         self.learner = Learner(self.config, self.policy_dir, self.rank, self.world_size, init_method)
 
     def update(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
-        return self.learner.update(trajectories)
+        import torch
+
+        from toolrl_ray.weights.sync import shares_gpu
+
+        metrics = self.learner.update(trajectories)
+        if shares_gpu(self.config):
+            torch.cuda.empty_cache()  # the engine can use what PyTorch would only keep
+        return metrics
 
     def policy_version(self) -> int:
         return self.learner.policy_version

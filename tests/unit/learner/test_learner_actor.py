@@ -1,0 +1,29 @@
+"""What the shell around a learner does besides passing calls on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from toolrl_ray.learner.actor import LearnerActor
+from toolrl_ray.recipe import load
+
+EACH = ["rollout.num_gpus=1", "learner.num_gpus=1"]
+SHARED = ["rollout.num_gpus=0.5", "learner.num_gpus=0.5", "rollout.gpu_memory_utilization=0.4"]
+
+
+@pytest.mark.parametrize(("overrides", "order"), [(SHARED, ["update", "empty_cache"]), (EACH, ["update"]), ([], ["update"])])
+def test_memory_of_a_shared_gpu_is_given_back_after_each_update(overrides, order, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    class Learner:
+        def update(self, trajectories: list) -> dict[str, float]:
+            calls.append("update")
+            return {"ppo/lr": 0.1}
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the actor sets it, for a process of its own
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty_cache"))
+    actor = LearnerActor(load("calculator", overrides), "")
+    actor.learner = Learner()
+    assert actor.update([]) == {"ppo/lr": 0.1}
+    assert calls == order
