@@ -19,6 +19,7 @@ from safetensors.numpy import load  # without torch, which takes its processes s
 
 from toolrl_ray.errors import LearnerLost, WeightSyncError
 from toolrl_ray.learner.actor import LearnerActor
+from toolrl_ray.weights import client
 from toolrl_ray.weights.sync import MAX_TRIES, WeightSync
 
 TIMEOUT_S = 2.0
@@ -28,6 +29,8 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a worker process 
 def misbehave(fate: str) -> None:
     if fate == "hangs":
         time.sleep(600)
+    if fate == "is slow":
+        time.sleep(0.5)
     if fate == "dies":
         os._exit(1)
     if fate == "fails":
@@ -179,6 +182,14 @@ def test_an_engine_that_misbehaves_is_named_and_the_others_get_their_weights(pha
     assert "finish_weight_update3" in log
 
 
+def test_an_engine_that_is_slower_than_another_fails_is_not_replaced(make, monkeypatch) -> None:
+    monkeypatch.setattr(client, "AFTER_FAILURE_S", 0.0)  # that is for learners
+    slow, bad = Engine.remote("update_weights", "is slow"), Engine.remote("update_weights", "fails")
+    sync, _, _ = make(slow, bad)
+    sync.sync(3)
+    assert (answer(slow.start.remote), seen(slow)[1]) == (0, 1.0)
+
+
 def test_after_all_attempts_the_error_of_the_last_is_raised(make, caplog) -> None:
     sync, _, _ = make(Engine.remote("update_weights", "fails", always=True))
     with pytest.raises(WeightSyncError, match="RolloutActor 0 failed in phase update_weights: RuntimeError: out of memory"):
@@ -195,6 +206,34 @@ def test_a_learner_that_is_lost_is_not_asked_again(fate, message, make, caplog) 
     with pytest.raises(LearnerLost, match=message):
         sync.sync(1)
     assert caplog.messages == []
+
+
+@pytest.mark.timeout(120)  # of the 500 s that a phase has here
+def test_a_rank_that_waits_for_one_that_failed_is_lost_without_waiting_for_the_deadline(cluster, monkeypatch) -> None:
+    monkeypatch.setattr(client, "AFTER_FAILURE_S", 1.0)
+    learners = [Learner.remote(run_config(), "", rank, 3) for rank in range(3)]
+    try:
+        fates = ["hangs", "fails", "is slow"]
+        ray.get([learner.begin.remote(fate) for learner, fate in zip(learners, fates, strict=True)], timeout=60)
+        ray.get([learners[2].connect_weights.remote("object_store", [])], timeout=60)
+        message = r"LearnerActor 1 failed in phase send: RuntimeError: out of memory; and LearnerActor \[0\] did not come out of phase send"
+        with pytest.raises(LearnerLost, match=message):
+            client.wait_all("send", [learner.send_weights.remote(1) for learner in learners], 500.0, "LearnerActor")
+    finally:
+        for learner in learners:
+            ray.kill(learner)
+
+
+def test_ranks_that_all_come_out_of_a_failed_send_are_asked_again(cluster) -> None:
+    learners = [Learner.remote(run_config(), "", rank, 2) for rank in range(2)]
+    try:
+        ray.get([learner.begin.remote(fate) for learner, fate in zip(learners, ["fails", ""], strict=True)], timeout=60)
+        ray.get([learners[1].connect_weights.remote("object_store", [])], timeout=60)
+        with pytest.raises(WeightSyncError, match="LearnerActor 0 failed in phase send: RuntimeError: out of memory$"):
+            client.wait_all("send", [learner.send_weights.remote(1) for learner in learners], 500.0, "LearnerActor")
+    finally:
+        for learner in learners:
+            ray.kill(learner)
 
 
 def test_an_engine_that_comes_back_gets_the_current_weights_and_not_while_they_change(make) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from ray.exceptions import RayError, RayTaskError
 from toolrl_ray.errors import LearnerLost, WeightSyncError
 
 GET_S = 10.0  # for an answer that is there
+AFTER_FAILURE_S = 10.0  # after one learner rank failed: for the others, which may be done soon or wait for it in a collective for ever
 
 
 class RayWeightClient:
@@ -47,9 +49,13 @@ def wait_all(phase: str, refs: list[Any], timeout_s: float, who: str = "RolloutA
     is one that fails where others do not: what all fail in is no fault of theirs.
 
     Raises WeightSyncError naming the actor and the phase when one fails, dies or does not answer within `timeout_s`; LearnerLost, saying
-    the same, for a LearnerActor that died or does not answer.
+    the same, for a LearnerActor that died or does not answer. For learners the first failure ends the wait. For engines it does not: they
+    are independent, and one that is only slower must not be killed.
     """
-    done, late = ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
+    if who == "LearnerActor":
+        done, late = _until_one_fails(refs, timeout_s)
+    else:
+        done, late = ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
     results, failed = [], {}
     for i, ref in enumerate(refs):
         try:
@@ -63,11 +69,30 @@ def wait_all(phase: str, refs: list[Any], timeout_s: float, who: str = "RolloutA
         ray.kill(replace[i], no_restart=False)
     if failed:  # the first cause before its effects
         i, error = next(iter(failed.items()))
-        raise _failure(phase, who, i, error) from error
+        failure = _failure(phase, who, i, error)
+        if silent and who == "LearnerActor":
+            failure = LearnerLost(f"{failure}; and LearnerActor {silent} did not come out of phase {phase} after that")
+        raise failure from error
     if silent:
         kind = LearnerLost if who == "LearnerActor" else WeightSyncError
         raise kind(f"weight sync: {who} {silent} did not answer phase {phase} within {timeout_s:g} s (weights.timeout_s)")
     return results
+
+
+def _until_one_fails(refs: list[Any], timeout_s: float) -> tuple[list[Any], list[Any]]:
+    """As `ray.wait` for all, but after a failure the others have no more than AFTER_FAILURE_S."""
+    done: list[Any] = []
+    late, give_up = refs, time.monotonic() + timeout_s
+    while late:
+        some, late = ray.wait(late, num_returns=1, timeout=max(0.0, give_up - time.monotonic()))
+        if not some:
+            break
+        done += some
+        try:
+            ray.get(some[0], timeout=GET_S)
+        except RayError:
+            give_up = min(give_up, time.monotonic() + AFTER_FAILURE_S)
+    return done, late
 
 
 def _failure(phase: str, who: str, index: int, error: RayError) -> Exception:
