@@ -19,6 +19,7 @@ class LearnerActor:
     def __init__(self, config: RunConfig, policy_dir: str, rank: int = 0, world_size: int = 1):
         os.environ["OMP_NUM_THREADS"] = str(config.learner.num_threads)  # read when torch is first imported
         self.config, self.policy_dir, self.rank, self.world_size = config, policy_dir, rank, world_size
+        self.sender: Any = None
 
     def rendezvous(self) -> str:
         """An address of this node, "tcp://ip:port", for all ranks' `start`."""
@@ -74,6 +75,8 @@ class LearnerActor:
         from toolrl_ray.weights.trainer import make_sender
 
         self.client = RayWeightClient(rollout_actors, self.config.weights.timeout_s)
+        if self.sender is not None:
+            self.sender.close()
         address = ray.util.get_node_ip_address()
         self.sender = make_sender(backend, self.client, self.learner, self.rank, len(rollout_actors), address)
 

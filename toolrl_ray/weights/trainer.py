@@ -8,7 +8,7 @@ Three back ends, one handshake (vLLM's: init, start, update, finish):
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -56,9 +56,41 @@ class ObjectStoreSender:
             self._client.update_weights({"payload": save(tensors)})
             self._client.finish_weight_update()
 
+    def close(self) -> None:
+        """There is no connection."""
+
+
+class _PatientClient:
+    """Keeps the first failure of an update, calls `on_failure`, and leaves the later phases out. The send goes on to its end: other ranks
+    wait for this one in the gathers of ZeRO-3, and the thread that sends may wait in NCCL for engines that are gone."""
+
+    def __init__(self, client: WeightClient, on_failure: Callable[[], None]):
+        self._client, self._on_failure = client, on_failure
+        self.failure: Exception | None = None
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._client.init_weight_transfer_engine(init_info)
+
+    def start_weight_update(self) -> None:
+        self._try(self._client.start_weight_update)
+
+    def update_weights(self, update_info: Any) -> None:
+        self._try(self._client.update_weights, update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._try(self._client.finish_weight_update, weight_version)
+
+    def _try(self, call: Callable[..., None], *args: Any) -> None:
+        if self.failure is None:
+            try:
+                call(*args)
+            except Exception as error:
+                self.failure = error
+                self._on_failure()
+
 
 class VLLMSender:
-    """nccl and ipc, by vLLM's trainer engines."""
+    """nccl and ipc, by vLLM's trainer engines. After a failed `send` it is of no use any more but to be closed."""
 
     def __init__(self, backend: str, client: WeightClient, weights: NamedWeights, rank: int, num_engines: int, address: str):
         from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
@@ -69,10 +101,27 @@ class VLLMSender:
             init_info: Any = IPCTrainerInitInfo(rank=rank)
         else:
             init_info = NCCLTrainerInitInfo(address, _free_port(), num_engines + 1, rank=rank)
-        self._engine = WeightTransferTrainerFactory.trainer_init(init_info, client=client, source=_source(weights))
+        self._engine: Any = None
+        self._client = _PatientClient(client, self._abort)
+        self._engine = WeightTransferTrainerFactory.trainer_init(init_info, client=self._client, source=_source(weights))
 
     def send(self) -> None:
-        self._engine.send_weights()
+        try:
+            self._engine.send_weights()
+        except Exception:
+            if self._client.failure is None:
+                raise
+        if self._client.failure is not None:  # the cause of whatever else failed
+            raise self._client.failure
+
+    def _abort(self) -> None:
+        """Bring the thread that sends out of NCCL. Not by the engine's own `shutdown`, which takes the group away under that thread."""
+        if (group := getattr(self._engine, "model_update_group", None)) is not None:
+            group.broadcast = lambda *args, **kwargs: None  # it goes on to the end of the weights, and must not touch what is freed here
+            group.destroy()
+
+    def close(self) -> None:
+        self._engine.shutdown()
 
 
 def _source(weights: NamedWeights) -> Any:

@@ -27,3 +27,23 @@ def test_memory_of_a_shared_gpu_is_given_back_after_each_update(overrides, order
     actor.learner = Learner()
     assert actor.update([]) == {"ppo/lr": 0.1}
     assert calls == order
+
+
+def test_a_new_connection_closes_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Sender:
+        def __init__(self, *args: object):
+            self.number = sum(entry.startswith("open") for entry in log)
+            log.append(f"open {self.number}")
+
+        def close(self) -> None:
+            log.append(f"close {self.number}")
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("toolrl_ray.weights.trainer.make_sender", Sender)
+    actor = LearnerActor(load("calculator"), "")
+    actor.learner = object()
+    for _ in range(3):
+        actor.connect_weights("nccl", [])
+    assert log == ["open 0", "close 0", "open 1", "close 1", "open 2"]
