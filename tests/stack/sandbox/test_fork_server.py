@@ -53,7 +53,8 @@ async def test_an_event_loop_that_is_held_up_is_not_taken_for_a_server_that_hang
 def descriptors_left(number: int) -> Iterator[None]:
     """For a while this process can open so many descriptors and no more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, hard))
+    room = max(map(int, os.listdir("/proc/self/fd"))) + 1 + number  # where no number below is free
+    resource.setrlimit(resource.RLIMIT_NOFILE, (room, hard))
     held = []
     try:
         with contextlib.suppress(OSError):

@@ -216,6 +216,8 @@ async def test_ending_a_session_in_mid_call_answers_the_call() -> None:
     async with python_tool(stateful=True, wall_s=30.0) as tool:
         before = running(tool)
         calling = asyncio.create_task(tool.call(call("while True: pass", session="s", deadline_s=30.0)))
+        while not tool.stats()["num_sessions"]:  # a child kept ahead may come first
+            await asyncio.sleep(0.01)
         process = await started(tool, before)
         await tool.end_session("s")
         result = await calling
