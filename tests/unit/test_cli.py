@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -20,7 +19,6 @@ from toolrl_ray.errors import RolloutError, UserError
 from toolrl_ray.tracking.metrics import load_metrics
 from toolrl_ray.tracking.trajectories import load_trajectories
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["task.num_train=8", "task.num_heldout=4", "eval.num_tasks=4", "train.tasks_per_step=3", "train.num_steps=1", "tracking.wandb=off"]
 
 
@@ -311,50 +309,3 @@ def test_an_evaluation_saves_its_episodes_once(scripted: ScriptedParts, folder: 
     assert {(r.temperature, r.with_tools) for r in saved} == {(0.0, True), (0.5, True), (0.0, False)}
     assert run(arguments) == 2
     assert "'episodes' has a trajectories.jsonl already" in capsys.readouterr().err
-
-
-def told(command: str, stdout: int, **environment: str) -> tuple[int, str]:
-    """Exit code and stderr of a command that writes there."""
-    done = subprocess.run(
-        [sys.executable, "-m", "toolrl_ray.cli", *shlex.split(command)],
-        stdout=stdout,
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-    )
-    return done.returncode, done.stderr
-
-
-@pytest.mark.parametrize(
-    ("command", "unbuffered"),
-    [("tools list --local", ""), ("tools call SimpleCalculatorTool 1+1 --local", ""), ("tools list --local", "1"), ("tools --help", "")],
-)
-def test_a_reader_that_has_had_enough_ends_a_command_quietly(command: str, unbuffered: str) -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    try:
-        assert told(command, writer, PYTHONUNBUFFERED=unbuffered) == (141, "")
-    finally:
-        os.close(writer)
-
-
-@pytest.mark.parametrize(
-    ("command", "unbuffered"),
-    [("tools list --local", ""), ("tools call SimpleCalculatorTool 1+1 --local", ""), ("tools list --local", "1")],
-)
-def test_a_full_disk_is_one_line(command: str, unbuffered: str) -> None:
-    full = os.open("/dev/full", os.O_WRONLY)
-    try:
-        assert told(command, full, PYTHONUNBUFFERED=unbuffered) == (1, "toolrl: No space left on device\n")
-    finally:
-        os.close(full)
-
-
-def test_a_pipe_that_breaks_elsewhere_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def breaks(options: object) -> int:
-        raise BrokenPipeError(32, "a defect")
-
-    monkeypatch.setattr(cli, "_doctor", breaks)
-    with pytest.raises(BrokenPipeError, match="a defect"):
-        run(["doctor"])

@@ -1,0 +1,62 @@
+"""A command whose output nobody takes, or no disk."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from toolrl_ray import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def told(command: str, stdout: int, **environment: str) -> tuple[int, str]:
+    """Exit code and stderr of a command that writes there."""
+    done = subprocess.run(
+        [sys.executable, "-m", "toolrl_ray.cli", *shlex.split(command)],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "unbuffered"),
+    [("tools list --local", ""), ("tools call SimpleCalculatorTool 1+1 --local", ""), ("tools list --local", "1"), ("tools --help", "")],
+)
+def test_a_reader_that_has_had_enough_ends_a_command_quietly(command: str, unbuffered: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        assert told(command, writer, PYTHONUNBUFFERED=unbuffered) == (141, "")
+    finally:
+        os.close(writer)
+
+
+@pytest.mark.parametrize(
+    ("command", "unbuffered"),
+    [("tools list --local", ""), ("tools call SimpleCalculatorTool 1+1 --local", ""), ("tools list --local", "1")],
+)
+def test_a_full_disk_is_one_line(command: str, unbuffered: str) -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    try:
+        assert told(command, full, PYTHONUNBUFFERED=unbuffered) == (1, "toolrl: No space left on device\n")
+    finally:
+        os.close(full)
+
+
+def test_a_pipe_that_breaks_elsewhere_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(options: object) -> int:
+        raise BrokenPipeError(32, "a defect")
+
+    monkeypatch.setattr(cli, "_doctor", breaks)
+    with pytest.raises(BrokenPipeError, match="a defect"):
+        cli.main(["doctor"])
