@@ -27,7 +27,7 @@ from toolrl_ray.tasks.module import task_module
 
 STALE_S = 6 * 3600
 PACKAGE = Path(__file__).resolve().parents[1]
-SHARED = ("build", "mixed", "model", "rows", "tokenizer", "warm_start")
+SHARED = ("build", "mixed", "model", "muon", "rows", "tokenizer", "warm_start")
 # Task module -> the module of its demonstrations. A task of one's own is taken to be like the calculator's.
 DEMONSTRATIONS = {f"toolrl_ray.tasks.{name}": f"toolrl_ray.bootstrap.{name}" for name in ("calculator", "triviaqa", "gsm8k")}
 DEFAULT_DEMONSTRATIONS = "toolrl_ray.bootstrap.calculator"

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from toolrl_ray.bootstrap.muon import Muon
 from toolrl_ray.bootstrap.rows import Demonstrations, Row
 from toolrl_ray.config import BootstrapConfig
 
@@ -40,7 +41,7 @@ def warm_start(
     matrices, others = _split(model)
     # Muon on the matrices needs fewer steps than AdamW alone until copying works.
     optimisers = [
-        torch.optim.Muon(matrices, lr=4 * config.lr, weight_decay=0.0, momentum=0.95),
+        Muon(matrices, lr=4 * config.lr),
         torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _lr_factor(step, config.num_steps)) for o in optimisers]
@@ -72,9 +73,10 @@ def batch_loss(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
 
 def make_batch(tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> Batch:
     """Rows as tensors. Each part is tokenised on its own, as in an episode."""
+    token_ids_of = iter(tokenizer([part.text for row in rows for part in row])["input_ids"])
     encoded = []
     for row in rows:
-        parts = [(tokenizer(part.text)["input_ids"], part.trained) for part in row]
+        parts = [(next(token_ids_of), part.trained) for part in row]
         encoded.append(([i for ids, _ in parts for i in ids], [trained for ids, trained in parts for _ in ids]))
     length = max(len(ids) for ids, _ in encoded)
     token_ids = torch.full((len(rows), length), tokenizer.pad_token_id)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from toolrl_ray.bootstrap.calculator import MAX_CHARACTERS, PIECES, Demonstrations
 from toolrl_ray.bootstrap.model import make_model
+from toolrl_ray.bootstrap.muon import Muon, orthogonalised
 from toolrl_ray.bootstrap.rows import Row
 from toolrl_ray.bootstrap.tokenizer import make_tokenizer
 from toolrl_ray.bootstrap.warm_start import batch_loss, make_batch, warm_start
@@ -131,3 +132,35 @@ def test_a_warm_start_is_reproducible_and_lowers_the_loss() -> None:
         states.append(model.state_dict())
     assert losses[1] < 0.9 * losses[0]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 5), (2, 5, 8), (1, 6, 6)])
+def test_orthogonalised_keeps_the_singular_vectors_and_moves_their_values_to_about_one(shape: tuple[int, int, int]) -> None:
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1.0, 1e3])[: shape[0], None, None]
+    u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+    values = u.mT @ orthogonalised(matrices) @ vh.mT
+    diagonal = values.diagonal(dim1=1, dim2=2)
+    assert (values - torch.diag_embed(diagonal)).abs().max() < 1e-3
+    assert diagonal.min() > 0.6 and diagonal.max() < 1.3
+
+
+def test_muon_takes_the_steps_of_torchs_to_the_precision_of_bfloat16() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in ((8, 4), (4, 8), (8, 4))]
+    ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
+    optimisers = [Muon(ours, lr=0.1), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.0)]
+    for _ in range(4):
+        for parameters in zip(ours, theirs, strict=True):
+            parameters[0].grad = torch.randn(parameters[0].shape, generator=generator)
+            parameters[1].grad = parameters[0].grad.clone()
+        for optimiser in optimisers:
+            optimiser.step()
+    for a, b, before in zip(ours, theirs, start, strict=True):
+        torch.testing.assert_close(a - before, b - before, rtol=0, atol=0.01)
+        assert (a - before).abs().max() > 0.1
+
+
+def test_muon_leaves_a_parameter_without_a_gradient_as_it_is() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    Muon([parameter], lr=0.1).step()
+    assert torch.equal(parameter, torch.ones(2, 2))
