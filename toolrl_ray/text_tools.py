@@ -6,6 +6,7 @@ tools_service/adapters.py).
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -52,6 +53,8 @@ class TextTools:
         self._local = LocalTools(ToolsConfig(max_in_flight=MAX_STALLED), {name: lambda tool=tool: tool for name, tool in own.items()})
         self._service: HttpTools | None = None
         self._id = uuid4().hex  # sessions of other environments at the same service are not ours
+        self._sessions: set[str] = set()  # at the service
+        self._ending: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Raises ConfigError for a tool that does not start and UserError for one that is not deployed."""
@@ -69,7 +72,9 @@ class TextTools:
             return unknown_tool(call.tool, self.named)
         if call.tool in self._deployed:
             assert self._service is not None, "start comes first"
-            [result] = await self._service.call([replace(call, tool=self._deployed[call.tool], session=f"{self._id}/{call.session}")])
+            session = f"{self._id}/{call.session}"
+            self._sessions.add(session)
+            [result] = await self._service.call([replace(call, tool=self._deployed[call.tool], session=session)])
         else:
             result = await self._local(call)
         return self._cut(call.tool, result)
@@ -83,9 +88,15 @@ class TextTools:
 
     def end_session(self, session: str) -> None:
         self._local.end_session(session)
+        if (at_service := f"{self._id}/{session}") in self._sessions:
+            self._sessions.remove(at_service)
+            task = asyncio.create_task(self._service.end_session(at_service))
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
 
     async def close(self) -> None:
         await self._local.close()
+        await asyncio.gather(*self._ending)
         if self._service is not None:
             await self._service.close()
 

@@ -109,8 +109,7 @@ class ToolSet(Section):
         if len(set(self.names)) < len(self.names):
             raise ValueError(f"{self.prefix}names={self.names} holds a name twice")
         for name in self.names:
-            if "#" in name or name == GATEWAY:
-                why = "Ray Serve has a use of its own for #" if "#" in name else "that is the service's HTTP face"
+            if (why := _unfit(name)) is not None:
                 raise ValueError(f"{self.prefix}names={self.names} holds {name!r}, but {why}; give the tool another name")
         for section in ("custom", "options", "pools"):
             for name in getattr(self, section):
@@ -131,6 +130,19 @@ class ServiceConfig(ToolSet):
 
     app: str = Field("tools", min_length=1)
     http: HttpConfig | None = None
+
+
+def _unfit(name: str) -> str | None:
+    """Why no tool can be called so."""
+    if name == GATEWAY:
+        return "that is the service's HTTP face"
+    if "#" in name:
+        return "Ray Serve has a use of its own for #"
+    if "/" in name:
+        return "names stand in addresses, where / parts them"
+    if not name or name != name.strip() or "<" in name or ">" in name:
+        return "the policy has to write it as <NAME>"
+    return None
 
 
 def _absolute_folder(key: str, option: Any) -> Any:

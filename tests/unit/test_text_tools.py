@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shlex
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -127,8 +128,9 @@ def test_output_is_cut_by_characters_as_in_trl():
     assert [h.trajectory.tool_calls[0].truncated for h in histories] == [True, False, True, True]
 
 
-def test_a_deployed_tool_is_called_by_its_name_and_keeps_a_session_per_episode(monkeypatch):
-    tools = InProcess(SimpleCalculatorTool(), Notebook())
+def test_a_deployed_tool_is_called_by_its_name_and_keeps_a_session_per_episode_which_ends_with_it(monkeypatch):
+    notebook = Notebook()
+    tools = InProcess(SimpleCalculatorTool(), notebook)
     with over_http(make_app(tools.infos, tools.gateway.call, tools.gateway.end_session)) as port:
         monkeypatch.setenv("TOOLRL_TOOLS", f"http://127.0.0.1:{port}")
         script = {"a": [call("Notebook", "1"), call("Notebook", "2"), SUBMIT], "b": [call("Notebook", "3"), call("Calc", "6*7"), SUBMIT]}
@@ -136,6 +138,10 @@ def test_a_deployed_tool_is_called_by_its_name_and_keeps_a_session_per_episode(m
         *_, histories = env.run(["a", "b"])
         assert [[c.text for c in h.trajectory.tool_calls] for h in histories] == [["1", "1 2"], ["3", "42"]]
         env.close()
+        until = time.monotonic() + 10
+        while notebook.pages and time.monotonic() < until:
+            time.sleep(0.01)
+        assert notebook.pages == {}
         assert shown(["SimpleCalculatorTool"], ("SimpleCalculatorTool", "1+1")) == [("2", OK)]
         with pytest.raises(UserError, match="no tool 'Wiki' is deployed at http://127.0.0.1.*it has SimpleCalculatorTool, Notebook"):
             environment({}, ["Wiki"])

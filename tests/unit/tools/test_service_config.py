@@ -32,6 +32,11 @@ def test_a_service_is_read_from_its_file(tmp_path):
         ({"names": []}, "F: names: List should have at least 1 item"),
         ({"names": ["A", "A"]}, "F: names=['A', 'A'] holds a name twice"),
         ({"names": ["a#b"]}, "F: names=['a#b'] holds 'a#b', but Ray Serve has a use of its own for #; give the tool another name"),
+        ({"names": ["a/b"]}, "F: names=['a/b'] holds 'a/b', but names stand in addresses, where / parts them; give the tool another name"),
+        *(
+            ({"names": [name]}, f"F: names=[{name!r}] holds {name!r}, but the policy has to write it as <NAME>; give the tool another name")
+            for name in ("", " A", "A\n", "<A>")
+        ),
         ({"names": ["A", "http"]}, "F: names=['A', 'http'] holds 'http', but that is the service's HTTP face; give the tool another name"),
         ({"names": ["A"], "pools": {"B": {}}}, "F: pools.B contradicts names=['A']: no such tool"),
         ({"names": ["A"], "pools": {"A": {"min_replicas": 3, "max_replicas": 2}}}, "F: pools.A: max_replicas=2 contradicts min_replicas=3"),
