@@ -73,15 +73,9 @@ def run_lora(learner: Learner, folder: str) -> dict[str, Any]:
     }
 
 
-def lora_main(rank: int, world_size: int, address: str, model: str, out: str) -> None:
-    """Every rank leaves {ZeRO stage: what run_lora gives} in `out`."""
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    results = {}
-    for stage in LORA_STAGES:
-        results[stage] = run_lora(Learner(lora_config(stage), model, rank, world_size, address), f"{out}/{stage}")
-    torch.save(results, f"{out}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+def lora_results(rank: int, world_size: int, address: str, model: str, out: Path) -> dict[int, Any]:
+    """{ZeRO stage: what `run_lora` gives}; policies are saved in `out`."""
+    return {stage: run_lora(Learner(lora_config(stage), model, rank, world_size, address), f"{out}/lora-{stage}") for stage in LORA_STAGES}
 
 
 def bfloat16_config(microbatch_tokens: int, zero_stage: int = 2, dtype: str = "bfloat16"):
@@ -90,12 +84,10 @@ def bfloat16_config(microbatch_tokens: int, zero_stage: int = 2, dtype: str = "b
     return run_config(policy={"dtype": dtype}, learner=learner, algo={"num_epochs": 1, "num_minibatches": 1})
 
 
-def bfloat16_main(rank: int, model: str, address: str, out: str) -> None:
-    """Leaves {(ZeRO stage, tokens of a microbatch): `gradient`} in the file `out`."""
-    torch.set_num_threads(1)
+def bfloat16_gradients(model: str, address: str) -> dict[tuple[int, int], torch.Tensor]:
+    """{(ZeRO stage, tokens of a microbatch): `gradient`}, of one rank."""
     cases = ((2, 8192), (2, 1), (3, 1))
-    results = {case: gradient(Learner(bfloat16_config(case[1], case[0]), model, rank, 1, address)) for case in cases}
-    torch.save(results, out)
+    return {case: gradient(Learner(bfloat16_config(case[1], case[0]), model, 0, 1, address)) for case in cases}
 
 
 def gradient(learner: Learner) -> torch.Tensor:
@@ -121,16 +113,14 @@ def free_address() -> str:
         return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
 
 
-def rank_main(rank: int, world_size: int, address: str, models: str, out: str) -> None:
-    """Works through RUNS; every rank leaves weights, metrics and logprobs in `out`, and together they save each policy there."""
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+def case_results(rank: int, world_size: int, address: str, models: Path, out: Path) -> dict[tuple[str, int], Any]:
+    """{(name, ZeRO stage): weights, metrics and logprobs} of RUNS; policies are saved in `out`."""
     results = {}
     for name, stage in [(name, stage) for size, name, stage in RUNS if size == world_size]:
-        learner = Learner(case_config(name, stage), str(Path(models) / CASES[name][0]), rank, world_size, address)
+        learner = Learner(case_config(name, stage), str(models / CASES[name][0]), rank, world_size, address)
         before = {key: tensor.cpu().clone() for key, tensor in learner.named_weights()}
         metrics = run_case(learner, name)
-        learner.save_policy(f"{out}/{name}-{stage}", models)
+        learner.save_policy(f"{out}/{name}-{stage}", str(models))
         results[name, stage] = {
             "before": before,
             "weights": {key: tensor.cpu().clone() for key, tensor in learner.named_weights()},
@@ -140,5 +130,18 @@ def rank_main(rank: int, world_size: int, address: str, models: str, out: str) -
             "version": learner.policy_version,
             "partitioned": any(p.numel() == 0 for p in learner.engine.module.lm.parameters()),
         }
-    torch.save(results, f"{out}/rank{rank}.pt")
+    return results
+
+
+def rank_main(rank: int, world_size: int, address: str, models: str, out: str) -> None:
+    """All that a rank has to do, in one process, because importing DeepSpeed takes longer; its results are left in `out`."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    folder, where = Path(models), Path(out)
+    results = {"cases": case_results(rank, world_size, address, folder, where)}
+    if world_size == 2:
+        results["lora"] = lora_results(rank, world_size, address, str(folder / "tied"), where)
+    else:
+        results["bfloat16"] = bfloat16_gradients(str(folder / "untied"), address)
+    torch.save(results, where / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()

@@ -9,12 +9,10 @@ from learner_ranks import (
     LORA_STAGES,
     RUNS,
     bfloat16_config,
-    bfloat16_main,
     case_config,
     free_address,
     gradient,
     lora_config,
-    lora_main,
     rank_main,
     run_case,
     run_lora,
@@ -63,7 +61,7 @@ def plain(models):
 @pytest.mark.parametrize(("world_size", "name", "stage"), RUNS)
 def test_three_updates_give_the_weights_of_plain_pytorch(world_size, name, stage, ranks, plain):
     learner, metrics, watch = plain[name]
-    got = ranks[world_size][1][0][name, stage]
+    got = ranks[world_size][1][0]["cases"][name, stage]
     want = {key: tensor.clone() for key, tensor in learner.named_weights()}
     whole = max(float((got["weights"][key] - want[key]).abs().max()) for key in want)
     assert max(float((want[key] - got["before"][key]).abs().max()) for key in want) > 1e-4  # it did learn
@@ -78,13 +76,13 @@ def test_the_cases_are_what_they_claim_to_be(plain, ranks):
     for name, num_updates in {"stopped": 1, "stopped at once": 1, "gae": 4}.items():
         assert [(m["ppo/num_updates"], m["ppo/num_skipped_updates"]) for m in plain[name][1]] == [(num_updates, 4 - num_updates)] * 3
     assert all(m["ppo/grad_norm"] > 0.05 for m in plain["separate critic"][1])
-    assert [ranks[2][1][0]["gae", stage]["partitioned"] for stage in STAGES] == [False, False, False, True]
+    assert [ranks[2][1][0]["cases"]["gae", stage]["partitioned"] for stage in STAGES] == [False, False, False, True]
     assert max(watch.share("lm.") for name, (_, _, watch) in plain.items() if name != "batch of one") < 0.05
 
 
 @pytest.mark.parametrize(("name", "stage"), [(name, stage) for world_size, name, stage in RUNS if world_size == 2])
 def test_all_ranks_report_the_same_metrics_and_hold_the_same_weights(name, stage, ranks):
-    a, b = (results[name, stage] for results in ranks[2][1])
+    a, b = (results["cases"][name, stage] for results in ranks[2][1])
     for x, y in zip(a["metrics"], b["metrics"], strict=True):
         assert {k: v for k, v in x.items() if not k.startswith("time/")} == {k: v for k, v in y.items() if not k.startswith("time/")}
     assert a["weights"].keys() == b["weights"].keys() and all(torch.equal(a["weights"][k], b["weights"][k]) for k in a["weights"])
@@ -94,7 +92,7 @@ def test_all_ranks_report_the_same_metrics_and_hold_the_same_weights(name, stage
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", ["gae", "one microbatch"])  # tied and untied
 def test_named_weights_are_complete_under_their_checkpoint_names(name, stage, ranks, models):
-    got = ranks[2][1][0][name, stage]
+    got = ranks[2][1][0]["cases"][name, stage]
     stored = load_file(models / CASES[name][0] / "model.safetensors")
     assert set(got["before"]) == set(stored) and ("lm_head.weight" in stored) == (name == "one microbatch")
     assert all(torch.equal(got["before"][key], stored[key]) for key in stored)
@@ -107,21 +105,21 @@ def test_a_saved_policy_has_the_logits_of_the_trained_one(name, stage, ranks, mo
     out, results = ranks[2]
     loaded = AutoModelForCausalLM.from_pretrained(out / f"{name}-{stage}")
     trained = AutoModelForCausalLM.from_pretrained(models / CASES[name][0])
-    missing = trained.load_state_dict(results[0][name, stage]["weights"], strict=False).missing_keys
+    got = results[0]["cases"][name, stage]
+    missing = trained.load_state_dict(got["weights"], strict=False).missing_keys
     assert missing == (["lm_head.weight"] if name == "gae" else [])
     ids = torch.tensor([[5, 4, 3, 2, 1]])
     assert torch.equal(loaded(ids).logits, trained(ids).logits)
     logprobs = loaded(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-    assert logprobs.tolist() == pytest.approx(results[0][name, stage]["logprobs"], abs=1e-5)
+    assert logprobs.tolist() == pytest.approx(got["logprobs"], abs=1e-5)
 
 
 @pytest.fixture(scope="module")
-def lora(models, tmp_path_factory):
+def lora(ranks, models, tmp_path_factory):
     """(folder, [results of each of two ranks], those of plain PyTorch)."""
-    out, model = tmp_path_factory.mktemp("lora"), str(models / "tied")
-    torch.multiprocessing.spawn(lora_main, (2, free_address(), model, str(out)), nprocs=2)
-    plain = run_lora(Learner(lora_config(), model, in_process=True), str(out / "plain"))
-    return out, [torch.load(out / f"rank{rank}.pt") for rank in range(2)], plain
+    plain = run_lora(Learner(lora_config(), str(models / "tied"), in_process=True), str(tmp_path_factory.mktemp("lora")))
+    out, results = ranks[2]
+    return out, [of_rank["lora"] for of_rank in results], plain
 
 
 @pytest.mark.parametrize("stage", LORA_STAGES)
@@ -154,17 +152,15 @@ def test_a_policy_saved_with_lora_has_the_logits_of_the_trained_one_merged_or_ad
 
     out, ranks, _ = lora
     ids = torch.tensor([[5, 4, 3, 2, 1]])
-    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(models / "tied"), out / f"{stage}/adapter")
-    for model in (AutoModelForCausalLM.from_pretrained(out / str(stage)), adapted):
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(models / "tied"), out / f"lora-{stage}/adapter")
+    for model in (AutoModelForCausalLM.from_pretrained(out / f"lora-{stage}"), adapted):
         logprobs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
         assert logprobs.tolist() == pytest.approx(ranks[0][stage]["logprobs"], abs=1e-5)
 
 
-def test_in_bfloat16_gradients_of_microbatches_add_up_in_float32(models, tmp_path):
+def test_in_bfloat16_gradients_of_microbatches_add_up_in_float32(models, ranks):
     """Added up in bfloat16, the gradient of 127 microbatches of one row each is a third farther from that of float32 as in one."""
-    model = str(models / "untied")
-    torch.multiprocessing.spawn(bfloat16_main, (model, free_address(), str(tmp_path / "gradients")))
-    want = gradient(Learner(bfloat16_config(8192, dtype="float32"), model, in_process=True))
-    error = {case: float((got - want).norm() / want.norm()) for case, got in torch.load(tmp_path / "gradients").items()}
+    want = gradient(Learner(bfloat16_config(8192, dtype="float32"), str(models / "untied"), in_process=True))
+    error = {case: float((got - want).norm() / want.norm()) for case, got in ranks[1][1][0]["bfloat16"].items()}
     assert 0.001 < error[2, 8192] < 0.05
     assert error[2, 1] < 1.1 * error[2, 8192] and error[3, 1] < 1.1 * error[2, 8192], error

@@ -47,6 +47,7 @@ def start(rank: int, world_size: int, init_method: str | None, device: torch.dev
     """Imports DeepSpeed for this device and joins the process group; a group of one needs no address. Returns the module."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # else it looks for devices, and says so
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # ZeRO's optimisers decorate with torch.compile: 15 s of imports, and nothing is compiled
     os.environ.setdefault("LOCAL_RANK", "0")  # Ray shows each rank its own GPU only
     backend = "gloo" if device.type == "cpu" else "nccl"
     if not torch.distributed.is_initialized():
