@@ -18,6 +18,7 @@ from toolrl_ray.types import EpisodeRequest, Task, Trajectory
 
 POLL_S = 1.0
 POLL_BESIDE_S = 0.05
+HELD_S = 5.0  # between two polls: this thread stood still, which is no fault of the episodes
 TELL_S = 30.0  # a wait longer than that is described, and again after as long
 
 T = TypeVar("T")
@@ -75,6 +76,7 @@ class Collector:
         self._evaluation: dict[str, Trajectory | None] = {}
         self._awaited = ""
         self._began_at = self._told_at = self._moved_at = self._polled_at = time.monotonic()
+        self._held_at = float("-inf")
         self._is_idle = True
         self.idle_s = 0.0  # time in which no episode was under way
 
@@ -112,20 +114,24 @@ class Collector:
         return future.result(timeout=0)
 
     def _pump(self, max_wait_s: float) -> None:
+        """Takes in what has finished before it lets late groups go. A poll brings only a part of what finished while this thread was held
+        up, so for HELD_S after that no group is late."""
         self.idle_s += time.monotonic() - self._polled_at if self._is_idle else 0.0
         num_completed = self._stream.num_completed
-        if admitted := self._stream.admit():
-            self._rollout.submit(admitted)
-        if late := self._stream.expire():
-            self._rollout.cancel(late)
         finished = self._rollout.poll(max_wait_s)
         now = time.monotonic()
-        self._polled_at, self._is_idle = now, self._rollout.num_outstanding == 0
+        if now - self._polled_at > HELD_S:
+            self._held_at = now
         of_evaluation = {t.request.episode_id: t for t in finished if t.request.episode_id in self._evaluation}
         self._evaluation |= of_evaluation
         self._stream.add(t for t in finished if t.request.episode_id not in of_evaluation)
         if of_evaluation or self._stream.num_completed > num_completed:  # not by episodes of groups that are then dropped as late
             self._moved_at = now
+        if now - self._held_at > HELD_S and (late := self._stream.expire()):
+            self._rollout.cancel(late)
+        if admitted := self._stream.admit():
+            self._rollout.submit(admitted)
+        self._polled_at, self._is_idle = now, self._rollout.num_outstanding == 0
         self._watch(now)
 
     def _wait_for(self, what: str) -> None:

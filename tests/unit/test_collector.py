@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 
-from tests.unit.scripted_parts import ScriptedParts
+from tests.unit.scripted_parts import ScriptedParts, trajectory
 from toolrl_ray import collector as module
 from toolrl_ray.collector import Collector, collect
 from toolrl_ray.config import EvalConfig, StreamConfig
@@ -109,6 +110,54 @@ def test_groups_that_are_all_dropped_as_late_are_no_movement() -> None:
     with pytest.raises(StallError, match="waiting for the next batch"):
         Collector(OneOfEach(), stream, 0.2, print).batch()
     assert stream.metrics()["stream/dropped/group_deadline"] > 2
+
+
+@pytest.mark.parametrize("num_at_once", [16, 1])
+def test_what_finished_while_the_main_thread_was_held_up_is_not_late(monkeypatch: pytest.MonkeyPatch, num_at_once: int) -> None:
+    """All episodes finish at second 1, the main thread comes back at second 62, and then each poll brings so many of them."""
+    now = [0.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    class InParts(Concurrent):
+        def poll(self, max_wait_s: float):
+            if now[0] > 62:
+                finished, waiting = self._running[:num_at_once], self._running[num_at_once:]
+                self._running = finished
+                finished = super().poll(max_wait_s)
+                self._running = waiting
+                return finished
+            if now[0] == 1:  # the first one is taken in before
+                self._running, first = self._running[1:], self._running[0]
+                return [trajectory(first)]
+            return []
+
+    config = StreamConfig(max_staleness_steps=1, group_deadline_s=60, group_quorum=2)
+    tasks = TaskStream(TASKS, 0)
+    stream = Stream(config, tasks, groups_per_batch=4, group_size=2, num_batches=9, clock=lambda: now[0])
+    a_collector = Collector(InParts(), stream, 1000, print)
+    for at in (0, 1, *(62 + 0.1 * n for n in range(1, 20))):
+        now[0] = at
+        a_collector._pump(0)
+    assert stream.counts()["buffered"] == 8 and stream.counts()["dropped"] == 0
+
+
+def test_a_group_that_is_late_goes_all_the_same_a_while_after_the_main_thread_was_held_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    class OneOfEach(Concurrent):
+        def poll(self, max_wait_s: float):
+            return [t for t in super().poll(max_wait_s) if t.request.episode_id.endswith(":0")]
+
+    config = StreamConfig(group_deadline_s=60, group_quorum=1)
+    stream = Stream(config, TaskStream(TASKS, 0), groups_per_batch=4, group_size=2, num_batches=9, clock=lambda: now[0])
+    a_collector = Collector(OneOfEach(), stream, 1000, print)
+    buffered = []
+    for at in (0, 1, 100, 104, 106):
+        now[0] = at
+        a_collector._pump(0)
+        buffered.append(stream.counts()["buffered"])
+    assert buffered == [0, 0, 0, 0, 4]
 
 
 def test_a_job_ends_before_a_lost_learner_is_told_of() -> None:
