@@ -220,7 +220,7 @@ class StreamConfig(Section):
     max_staleness_steps: int = Field(0, ge=0)
     filter_zero_signal: bool = False  # a group whose episodes all have the same reward is replaced by another task's
     max_filtered: int = Field(256, ge=1)  # groups per step; those above it are trained on as they are
-    group_deadline_s: float | None = Field(None, gt=0)  # on the wall; then a group goes without its late episodes, or not at all
+    group_deadline_s: float | None = Field(None, gt=0)  # from its first finished episode; then it goes without the late ones, or not at all
     group_quorum: int = Field(2, ge=1)  # finished episodes with which it goes
 
 

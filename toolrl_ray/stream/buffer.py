@@ -51,7 +51,6 @@ class Group:
 
     number: int
     due: int
-    admitted_at: float
     waiting: set[str]
     finished: list[Trajectory] = field(default_factory=list)
 
@@ -82,6 +81,7 @@ class Stream:
         self._next = 0
         self._again: deque[int] = deque()  # numbers below `_next` that are pending: in flight or buffered when a checkpoint was written
         self._groups: dict[int, Group] = {}  # in the order of admission
+        self._begun: dict[int, float] = {}  # groups of which some episodes have finished: when the first did, in that order
         self._in_flight: Counter[int] = Counter()  # of the groups, by the update at which they are due
         self._buffered: Counter[int] = Counter()
         self._dropped: dict[int, DropReason] = {}
@@ -99,7 +99,7 @@ class Stream:
             self._next = max(self._next, number + 1)
             task = self._tasks.task(number)
             members = [EpisodeRequest(f"{number}:{member}", str(number), task) for member in range(self._size)]
-            self._groups[number] = Group(number, due, self._clock(), {request.episode_id for request in members})
+            self._groups[number] = Group(number, due, {request.episode_id for request in members})
             self._in_flight[due] += 1
             requests += members
         return requests
@@ -113,13 +113,15 @@ class Stream:
                 continue
             group.waiting.remove(trajectory.request.episode_id)
             group.finished.append(trajectory)
-            if not group.waiting:
+            if group.waiting:
+                self._begun.setdefault(group.number, self._clock())
+            else:
                 self._completed(group)
 
     def _completed(self, group: Group) -> None:
         """Nothing is learned from a group of equal rewards: its place goes to another prompt, so that a batch is full of signal.
         Yu et al. 2025 (DAPO, arXiv 2503.14476), dynamic sampling."""
-        self._in_flight[group.due] -= 1
+        self._left(group)
         self.num_completed += 1
         rewards = {trajectory.reward for trajectory in group.finished}
         if self._config.filter_zero_signal and len(rewards) == 1 and self._num_filtered < self._config.max_filtered:
@@ -128,24 +130,33 @@ class Stream:
         else:
             self._buffered[group.due] += 1
 
+    def _left(self, group: Group) -> None:
+        """It is no longer in flight."""
+        self._begun.pop(group.number, None)
+        self._in_flight -= Counter((group.due,))  # which keeps no zeros
+
     def _drop(self, group: Group, reason: DropReason) -> None:
         del self._groups[group.number]
         self._dropped[group.number] = reason
 
     def expire(self) -> list[str]:
-        """Lets late groups go: with the episodes that have finished, if these are a quorum. Returns the episodes to call off."""
+        """Lets late groups go: with the episodes that have finished, if these are a quorum. Returns the episodes to call off.
+
+        A group's time runs from its first finished episode: before they begin, at about the same time, all of them may have waited long for
+        a place. The first one ends in any case, since an episode has deadlines of its own.
+        """
         if self._config.group_deadline_s is None:
             return []
         limit = self._clock() - self._config.group_deadline_s
-        old = takewhile(lambda group: group.admitted_at < limit, self._groups.values())
         called_off: list[str] = []
-        for group in [group for group in old if group.waiting]:
+        for number in [number for number, _ in takewhile(lambda one: one[1] < limit, self._begun.items())]:
+            group = self._groups[number]
             called_off += sorted(group.waiting)
             group.waiting.clear()
             if len(group.finished) >= self._config.group_quorum:
                 self._completed(group)
             else:
-                self._in_flight[group.due] -= 1
+                self._left(group)
                 self._drop(group, DropReason.GROUP_DEADLINE)
         return called_off
 
@@ -235,7 +246,7 @@ class Stream:
         self.num_handed = self._num_handed_before = self.loaded_version = state["num_handed"]
         self._next = state["next"]
         self._again = deque(state["again"])
-        self._groups = {}
+        self._groups, self._begun = {}, {}
         self._in_flight, self._buffered = Counter(), Counter()
         self._dropped = {int(number): DropReason(reason) for number, reason in state["dropped"].items()}
         self._num_filtered = 0

@@ -235,6 +235,50 @@ def test_a_late_group_goes_with_its_quorum_or_not_at_all(num_finished: int, goes
     assert len(s.admit()) == (0 if goes else 3)
 
 
+def test_a_groups_time_runs_from_its_first_finished_episode_however_long_all_of_them_waited_for_a_place() -> None:
+    now = [0.0]
+    s = stream(k=0, batch=2, size=2, group_deadline_s=10, clock=lambda: now[0])
+    early, _, late, _ = requests = s.admit()
+    now[0] = 100.0
+    assert s.expire() == []
+    s.add([finished(late, 0)])  # groups do not begin in the order in which they were admitted
+    now[0] = 105.0
+    s.add([finished(early, 0)])
+    now[0] = 110.1
+    assert s.expire() == [requests[3].episode_id]
+    now[0] = 115.1
+    assert s.expire() == [requests[1].episode_id]
+    assert s.metrics()["stream/dropped/group_deadline"] == 2 and s.expire() == []
+
+
+@pytest.mark.parametrize("k", [0, 1, 3])
+def test_no_prompt_is_dropped_as_late_because_its_episodes_waited_in_a_queue(k: int) -> None:
+    """64 places for (K + 1) 512 episodes of 5 seconds each."""
+    now = [0.0]
+    s = stream(k=k, batch=64, size=8, num_batches=6, group_deadline_s=20, clock=lambda: now[0])
+    queue: list[EpisodeRequest] = []
+    running: list[tuple[float, EpisodeRequest, int]] = []
+    while s.num_handed < 6:
+        queue += s.admit()
+        assert s.expire() == []
+        begin, queue = queue[: 64 - len(running)], queue[64 - len(running) :]
+        running += [(now[0] + 5, request, s.loaded_version) for request in begin]
+        now[0] += 1
+        s.add([finished(request, version) for end, request, version in running if end <= now[0]])
+        running = [one for one in running if one[0] > now[0]]
+        if s.next_batch():
+            s.loaded(s.num_handed)
+
+
+def test_what_is_counted_by_the_update_at_which_it_is_due_does_not_grow_with_the_updates() -> None:
+    s = stream(k=1, batch=1, num_batches=6)
+    for step in range(1, 7):
+        s.add([finished(request, s.loaded_version) for request in s.admit()])
+        s.next_batch()
+        s.loaded(step)
+    assert len(s._in_flight) == len(s._buffered) == 0
+
+
 def test_a_trajectory_that_comes_twice_counts_once() -> None:
     s = stream(k=0, batch=1, size=2)
     requests = s.admit()
