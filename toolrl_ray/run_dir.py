@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import fcntl
 import json
+import mmap
 import os
 import platform
 import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from io import BufferedRandom
 from pathlib import Path
 from typing import IO, Any
+
+import msgspec
 
 from toolrl_ray.checkpoint import committed_steps
 from toolrl_ray.config import RunConfig
@@ -107,8 +111,10 @@ def unlock(run_dir: Path) -> None:
 def truncate_to(run_dir: Path, step: int) -> None:
     """Forget what the run wrote after `step`, and an evaluation `after`. Whenever it is killed, calling it again completes it.
 
-    Raises UserError when a file is damaged elsewhere than in a last line that was never finished.
+    Raises UserError when what goes is damaged elsewhere than in a last line that was never finished, or `eval.json` is.
     """
+    for left in run_dir.glob("*.writing"):
+        left.unlink()
     for name in ("metrics.jsonl", "trajectories.jsonl"):
         if (run_dir / name).exists():
             _cut(run_dir / name, step)
@@ -117,7 +123,7 @@ def truncate_to(run_dir: Path, step: int) -> None:
     if kept != found:
         write_whole(run_dir / "eval.json", json.dumps(kept, indent=1) + "\n")
     for folder in (run_dir / "eval").glob("*"):
-        if folder.name not in kept:
+        if folder.name not in kept and folder.is_dir():
             shutil.rmtree(folder)
 
 
@@ -168,18 +174,32 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str 
             yield f"{prefix}{key}", old, new
 
 
+class _Row(msgspec.Struct):
+    step: int
+
+
 def _cut(path: Path, step: int) -> None:
-    aside = path.with_name(f"{path.name}.writing")
-    with path.open("rb") as lines, aside.open("wb") as kept:
-        for number, line in enumerate(lines, start=1):
+    """In place, so that it needs no room on the disk. Rows are in the order of their steps: only those that go are read, from the end."""
+    with path.open("rb+") as file:
+        end = _end_of(file, step) if path.stat().st_size else 0
+        file.truncate(end)
+        os.fsync(file.fileno())
+
+
+def _end_of(file: BufferedRandom, step: int) -> int:
+    """Where the last whole row of a step up to `step` ends."""
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as text:  # a private map, which every file system allows
+        end = text.rfind(b"\n") + 1
+        while end:
+            start = text.rfind(b"\n", 0, end - 1) + 1
             try:
-                if line.endswith(b"\n") and json.loads(line)["step"] <= step:
-                    kept.write(line)
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{path}, line {number}, is damaged; take it out and give the command again") from None
-        kept.flush()
-        os.fsync(kept.fileno())
-    os.replace(aside, path)
+                if msgspec.json.decode(text[start:end], type=_Row).step <= step:
+                    break
+            except msgspec.DecodeError:
+                number = next(number for number, _ in enumerate(file, start=1) if file.tell() > start)
+                raise UserError(f"{file.name}, line {number}, is damaged; take it out and give the command again") from None
+            end = start
+        return end
 
 
 def _evaluations(run_dir: Path) -> dict[str, Any]:

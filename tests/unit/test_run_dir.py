@@ -250,6 +250,8 @@ def test_what_came_after_a_step_is_forgotten_everywhere_and_writing_goes_on_behi
     for name in ("metrics.jsonl", "trajectories.jsonl"):
         with (tmp_path / name).open("a") as file:
             file.write('{"step":1,"cut')
+    (tmp_path / "trajectories.jsonl.writing").write_text("of a process that ended")
+    (tmp_path / "eval" / ".DS_Store").write_text("of a file manager")
     for _ in range(2):  # the second time there is nothing to do
         truncate_to(tmp_path, step)
     metrics = MetricsWriter(tmp_path)
@@ -260,7 +262,7 @@ def test_what_came_after_a_step_is_forgotten_everywhere_and_writing_goes_on_behi
     assert lines == [{"step": n, "text": "\u2028 é"} for n in range(1, step + 1) for _ in range(2)]
     labels = ["before", *(f"step-{n}" for n in range(2, 6, 2) if n <= step)]
     assert list(json.loads((tmp_path / "eval.json").read_text())) == labels
-    assert sorted(path.name for path in (tmp_path / "eval").iterdir()) == sorted(labels)
+    assert sorted(path.name for path in (tmp_path / "eval").iterdir()) == sorted([".DS_Store", *labels])
     assert not list(tmp_path.glob("*.writing"))
 
 
@@ -271,6 +273,7 @@ def test_a_run_without_files_yet_has_nothing_to_forget(tmp_path: Path) -> None:
 
 @given(steps=st.lists(st.integers(0, 9), max_size=8), step=st.integers(0, 9), cut=st.integers(0, 400))
 def test_wherever_a_file_was_cut_off_only_whole_lines_up_to_the_step_stay(steps: list[int], step: int, cut: int) -> None:
+    steps.sort()
     lines = [f'{{"step":{n},"x":{"1" * (n * 5 + 1)}}}\n' for n in steps]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "metrics.jsonl"
@@ -280,14 +283,28 @@ def test_wherever_a_file_was_cut_off_only_whole_lines_up_to_the_step_stay(steps:
         assert path.read_text() == "".join(line for n, line in zip(steps[:num_whole], lines, strict=False) if n <= step)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "trajectories.jsonl", "eval.json"])
-def test_a_file_that_is_damaged_in_the_middle_is_one_line_and_stays_as_it_is(tmp_path: Path, name: str) -> None:
-    trained(tmp_path, num_steps=2)
-    content = (tmp_path / name).read_text().replace('"step":1', '"step:1', 1).replace('"before":', '"before:', 1)
+@pytest.mark.parametrize(("name", "where"), [("metrics.jsonl", ", line 2,"), ("trajectories.jsonl", ", line 3,"), ("eval.json", "")])
+@pytest.mark.parametrize("damage", ['"step:2', '"stop":2', '"step":"2"', '"step":2,"x":[1,2}'])
+def test_a_file_that_is_damaged_in_what_goes_is_one_line_and_stays_as_it_is(tmp_path: Path, name: str, where: str, damage: str) -> None:
+    trained(tmp_path, num_steps=3)
+    content = (tmp_path / name).read_text().replace('"step":2', damage, 1).replace('"before":', '"before:', 1)
     (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=f"{name}.* is damaged; "):
+    with pytest.raises(UserError, match=f"{name}{where} is damaged; "):
         truncate_to(tmp_path, 1)
     assert (tmp_path / name).read_text() == content
+
+
+def test_forgetting_writes_nothing_so_that_it_needs_no_room_and_reads_only_what_goes(tmp_path: Path) -> None:
+    """A disk may be full of these very files."""
+    trained(tmp_path, num_steps=3)
+    path = tmp_path / "trajectories.jsonl"
+    content = path.read_text().replace('"step":1', '"step:1', 1)  # would be seen
+    path.write_text(content)
+    (tmp_path / "eval.json").unlink()
+    written = os.stat(path).st_ino
+    truncate_to(tmp_path, 2)
+    assert os.stat(path).st_ino == written
+    assert path.read_text() == content[: content.index('{"step":3')]
 
 
 @pytest.mark.parametrize("content", ["null", "[]", '{"after": {}}', '{"after": null}', '{"after": {"step": "6"}}'])
