@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import mmap
 import os
 import platform
@@ -11,11 +12,13 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from io import BufferedRandom
 from pathlib import Path
 from typing import IO, Any
 
 import msgspec
+import psutil
 
 from toolrl_ray.checkpoint import committed_steps
 from toolrl_ray.config import RunConfig
@@ -23,6 +26,7 @@ from toolrl_ray.errors import ConfigError, UserError
 from toolrl_ray.recipe import dump, load
 from toolrl_ray.sweep import evaluations
 
+log = logging.getLogger(__name__)
 LOCK = ".lock"
 MAY_DIFFER = re.compile(  # in a resumed run: where and how fast it runs, how long, and what it tells, but not what it learns
     r"\w+\.(\w+_)?(timeout|deadline)_s"
@@ -105,6 +109,8 @@ def _has_trained(run_dir: Path) -> bool:
 def unlock(run_dir: Path) -> None:
     """Another may take the folder that `claim` or `reopen` took. Safe to call twice."""
     if file := _held.pop(run_dir, None):
+        with suppress(OSError):
+            file.truncate(0)  # where there are no locks, this is what gives the folder back
         file.close()
 
 
@@ -146,13 +152,31 @@ def _lock(run_dir: Path, mode: str) -> str | None:
         with file:
             file.seek(0)
             return file.read().strip() or "another process"
-    except OSError:
-        pass  # a file system without locks
+    except OSError:  # a file system without locks
+        if (owner := _noted_owner(run_dir, file)) is not None:
+            file.close()
+            return owner
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}\n")
     file.flush()
     _held[run_dir] = file
     return None
+
+
+def _noted_owner(run_dir: Path, file: IO[str]) -> str | None:
+    """The process of this machine that the lock's file names, while it lives. Of one elsewhere nothing can be known, which is said."""
+    file.seek(0)
+    match = re.fullmatch(r"process (\d+) on (.+)", note := file.read().strip())
+    if match is None:
+        return None
+    if match[2] != platform.node():
+        log.warning(
+            "%s was last taken by %s; whether that still runs cannot be known here, since the file system has no locks", run_dir, note
+        )
+        return None
+    pid = int(match[1])
+    is_gone = not psutil.pid_exists(pid) or (pid == os.getpid() and run_dir not in _held)  # in a container numbers come again
+    return None if is_gone else f"{note} (if that is another program, remove {run_dir / LOCK})"
 
 
 def _resumed(run_dir: Path, overrides: Sequence[str]) -> tuple[RunConfig, RunConfig]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -127,6 +130,45 @@ def test_a_folder_is_taken_for_as_long_as_the_process_lives_that_has_it_and_the_
     assert f"under way in process {os.getpid()} on " in refusal(folder)
     unlock(folder)
     assert reopen(folder).run_dir == str(folder)
+
+
+def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: object, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+def test_where_the_file_system_has_no_locks_the_process_that_the_folder_names_has_it_while_it_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_locks(monkeypatch)
+    folder = interrupted(tmp_path / "run")
+    assert (folder / ".lock").read_text() == ""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=-1) as owner:
+        (folder / ".lock").write_text(note := f"process {owner.pid} on {platform.node()}\n")
+        assert f"under way in process {owner.pid} on " in refusal(folder) and f"remove {folder}/.lock" in refusal(folder)
+        assert (folder / ".lock").read_text() == note
+        owner.kill()
+    assert reopen(folder)
+    assert f"under way in process {os.getpid()} on " in refusal(folder)
+    unlock(folder)
+    (folder / ".lock").write_text(f"process {os.getpid()} on {platform.node()}\n")  # of a container that had the same number for it
+    assert reopen(folder)
+
+
+def test_where_the_file_system_has_no_locks_it_is_said_that_a_process_elsewhere_may_have_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    without_locks(monkeypatch)
+    folder = interrupted(tmp_path / "run")
+    assert reopen(folder) and not caplog.messages
+    unlock(folder)
+    (folder / ".lock").write_text("process 12 on node-a\n")
+    assert reopen(folder)
+    (told,) = caplog.messages
+    assert "was last taken by process 12 on node-a" in told and "cannot be known" in told
+    assert (folder / ".lock").read_text() == f"process {os.getpid()} on {platform.node()}\n"
 
 
 def test_of_resumes_of_one_run_at_once_exactly_one_gets_it(tmp_path: Path) -> None:
