@@ -30,11 +30,13 @@ log = logging.getLogger(__name__)
 LOCK = ".lock"
 MAY_DIFFER = re.compile(  # in a resumed run: where and how fast it runs, how long, and what it tells, but not what it learns
     r"\w+\.(\w+_)?(timeout|deadline)_s"
-    r"|learner\.(zero_stage|num_ranks|num_cpus|num_gpus|num_threads|max_microbatch_tokens)"
-    r"|rollout\.(num_actors|max_actors|num_cpus|num_gpus|kv_cache_gib|gpu_memory_utilization|num_threads)"
-    r"|tools\.(num_replicas|num_cpus|app)"
+    r"|learner\.(zero_stage|num_ranks|num_cpus|num_gpus|num_threads|max_microbatch_tokens|gradient_checkpointing)"
+    r"|rollout\.(num_actors|max_actors|num_cpus|num_gpus|kv_cache_gib|gpu_memory_utilization|num_threads|max_tries)"
+    r"|(rollout|eval|tools)\.max_in_flight"
+    r"|tools\.(num_replicas|num_cpus|app|pools\..+)"
+    r"|weights\.backend"
     r"|(checkpoint|tracking)\.\w+"
-    r"|train\.num_steps"
+    r"|train\.(num_steps|max_learner_restarts)"
 )
 
 _held: dict[Path, IO[str]] = {}  # the locks of this process, which end with it at the latest

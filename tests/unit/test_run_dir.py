@@ -231,6 +231,9 @@ FREE = [
     "rollout.max_actors=3", "rollout.num_cpus=2", "rollout.kv_cache_gib=2", "rollout.gpu_memory_utilization=0.5", "rollout.num_threads=2",
     "tools.num_replicas=3", "tools.num_cpus=0.5", "tools.start_timeout_s=9", "checkpoint.every_steps=3", "checkpoint.keep_last=5",
     "tracking.wandb=offline", "tracking.wandb_tags=[a]", "train.num_steps=999", "algo.gamma=1", "learner.lr=1e-3",
+    "rollout.max_tries=9", "rollout.max_in_flight=9", "eval.max_in_flight=9", "train.max_learner_restarts=9", "tools.max_in_flight=9",
+    "tools.pools={SimpleCalculatorTool: {max_replicas: 4, num_cpus: 1}}", "learner.gradient_checkpointing=true",
+    "weights.backend=object_store",
 ]  # fmt: skip
 
 
@@ -250,7 +253,6 @@ def test_where_and_how_fast_a_resumed_run_runs_may_differ(tmp_path: Path) -> Non
         ("policy.lora={rank: 4}", "policy.lora={'rank': 4, "),
         ("train.tasks_per_step=3", "train.tasks_per_step=3 contradicts"),
         ("rollout.engine=transformers", "rollout.engine='transformers' contradicts"),
-        ("tools.pools={SimpleCalculatorTool: {num_cpus: 1}}", "tools.pools.SimpleCalculatorTool={'num_cpus': 1"),
         ("tools.options={SimpleCalculatorTool: {timeout_s: 1}}", "tools.options.SimpleCalculatorTool={'timeout_s': 1}"),
         ("learner.nothing=3", "unknown key 'learner.nothing'"),
         ("train.num_steps", "is not of the form key.path=value"),
