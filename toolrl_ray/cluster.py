@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from toolrl_ray.config import LearnerConfig, RolloutConfig, RunConfig
-from toolrl_ray.driver import Parts
 from toolrl_ray.errors import PlacementError, UserError
 from toolrl_ray.local_ray import start_local
+from toolrl_ray.parts import Parts
 from toolrl_ray.placement import check, plan, reserve
 from toolrl_ray.run_dir import write_whole
 from toolrl_ray.weights.sync import WeightSync, select_backend, shares_gpu

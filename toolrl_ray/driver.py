@@ -35,19 +35,19 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any
 
 from toolrl_ray import run_dir as files
 from toolrl_ray.checkpoint import CheckpointStore, committed_steps
-from toolrl_ray.collector import Collector, Rollout, evaluate, in_thread
+from toolrl_ray.collector import Collector, evaluate, in_thread
 from toolrl_ray.config import RunConfig
 from toolrl_ray.errors import LearnerLost, UserError
 from toolrl_ray.evaluation import eval_requests, eval_result, rollout_metrics
+from toolrl_ray.parts import Parts
 from toolrl_ray.recipe import dump
 from toolrl_ray.stream.buffer import Stream
 from toolrl_ray.tasks.module import load_tasks
@@ -62,37 +62,6 @@ from toolrl_ray.types import EpisodeRequest, Task, Trajectory
 
 Say = Callable[[str], None]
 STATE = "run.json"  # in a checkpoint: what of the run is neither the learner's nor a file of the run folder
-
-
-class Learner(Protocol):
-    """save_state snapshots at once and writes behind; finish_save waits for that. See learner/state.py."""
-
-    def update(self, trajectories: list[Trajectory]) -> dict[str, float]: ...
-    def save_policy(self, directory: str, tokenizer_dir: str) -> None: ...
-    def save_state(self, directory: str) -> None: ...
-    def finish_save(self) -> None: ...
-    def load_state(self, directory: str) -> None: ...
-    def restart(self) -> None: ...
-
-
-class Weights(Protocol):
-    """changing: held from before an update until its weights are synced."""
-
-    backend: str
-    changing: AbstractContextManager[Any]
-
-    def sync(self, policy_version: int) -> dict[str, float]: ...
-    def reconnect(self) -> None: ...
-
-
-@dataclass
-class Parts:
-    """What a run is made of. learner and weights are None for an evaluation."""
-
-    rollout: Rollout
-    learner: Learner | None
-    weights: Weights | None
-    close: Callable[[], None]
 
 
 class Run:

@@ -42,7 +42,8 @@ from scripts.bench.simulated_engine import MAX_TURN_TOKENS, TOOL_DEADLINE_S
 from scripts.bench.simulated_parts import SimLearner, SimRollout, SimWeights
 from toolrl_ray import driver
 from toolrl_ray.config import RunConfig
-from toolrl_ray.driver import Parts, Run
+from toolrl_ray.driver import Run
+from toolrl_ray.parts import Parts
 from toolrl_ray.tracking.metrics import load_metrics
 from toolrl_ray.tracking.trajectories import TrajectoryWriter
 from toolrl_ray.types import Trajectory

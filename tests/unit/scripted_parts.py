@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from pathlib import Path
 
-from toolrl_ray.driver import Parts
+from toolrl_ray.parts import Parts
 from toolrl_ray.types import EpisodeRequest, Segment, SegmentKind, StopReason, Trajectory
 
 
