@@ -149,7 +149,7 @@ class Run:
     def _train_from(self, parts: Parts, stream: Stream, heldout: list[Task]) -> None:
         config = self._config
         with closing(TrajectoryWriter(self._dir)) as trajectories, closing(MetricsWriter(self._dir)) as metrics:
-            if "before" not in self._evals:
+            if stream.num_handed == 0 and "before" not in self._evals:
                 self._evaluate(parts, heldout, "before", 0)
             self._tool_stats = parts.rollout.tool_stats()
             collector = Collector(parts.rollout, stream, config.train.stall_timeout_s, self._say)
@@ -258,7 +258,7 @@ class Run:
         rollout_s = self._totals["rollout_s"] or None
         pairs = {label: {"accuracy": e["accuracy"], "tool_use": e["tool_use_rate"]} for label, e in self._evals.items()}
         return {
-            "before": pairs["before"],
+            "before": pairs.get("before"),  # not there where eval.json was removed
             "after": pairs["after"],
             "num_tasks": self._evals["after"]["num_tasks"],
             "episodes_per_s": self._totals["episodes"] / rollout_s if rollout_s else None,

@@ -14,6 +14,7 @@ from toolrl_ray.driver import Run
 from toolrl_ray.errors import LearnerLost, RolloutError, UserError
 from toolrl_ray.stream.buffer import Stream
 from toolrl_ray.tracking.metrics import load_metrics
+from toolrl_ray.tracking.summary import render
 from toolrl_ray.tracking.trajectories import load_trajectories
 
 SETTINGS = [
@@ -23,10 +24,11 @@ SETTINGS = [
 
 
 def run(run_dir: Path, scripted: ScriptedParts, *overrides: str, resume: bool = False) -> list[str]:
-    """Lines that a person sees."""
+    """Lines that a person sees, the summary last."""
     said: list[str] = []
-    Run(recipe.load("calculator", [*SETTINGS, *overrides]), run_dir, "policy-dir", said.append, resume=resume).train(scripted.parts())
-    return said
+    config = recipe.load("calculator", [*SETTINGS, *overrides])
+    summary = Run(config, run_dir, "policy-dir", said.append, resume=resume).train(scripted.parts())
+    return [*said, render(summary)]
 
 
 def outcome(run_dir: Path) -> dict:
@@ -115,6 +117,17 @@ def test_where_every_checkpoint_is_damaged_nothing_is_thrown_away(tmp_path: Path
     with pytest.raises(UserError, match="none of the checkpoints in .* is whole; to start from the beginning remove that folder"):
         run(run_dir, ScriptedParts(), resume=True)
     assert outcome(run_dir) == before and len(before["steps"]) == 4
+
+
+def test_an_evaluation_before_training_is_of_a_run_that_begins_and_of_none_that_goes_on(tmp_path: Path) -> None:
+    with pytest.raises(RolloutError):
+        run(tmp_path / "run", ScriptedParts({"sync 5": RolloutError("killed")}))
+    (tmp_path / "run" / "eval.json").unlink()  # as a person is told to where it is damaged
+    scripted = ScriptedParts()
+    said = run(tmp_path / "run", scripted, resume=True)
+    assert "collect eval-before" not in scripted.calls
+    assert set(json.loads((tmp_path / "run" / "eval.json").read_text())) == {"step-2", "step-4", "after"}
+    assert ["held-out", "accuracy", "(4", "tasks)", "-", "1.000"] in [line.split() for line in said[-1].splitlines()]
 
 
 def test_with_staleness_the_prompts_under_way_at_a_kill_are_run_again_and_each_is_trained_once(tmp_path: Path) -> None:
