@@ -227,7 +227,7 @@ class StreamConfig(Section):
 class CheckpointConfig(Section):
     """Whole checkpoints in the run folder, from which `toolrl train --resume` and a lost learner go on."""
 
-    every_steps: int = Field(10, ge=0)  # 0: none
+    every_steps: int = Field(10, ge=0)  # and at the steps of eval.every_steps; 0: none
     keep_last: int = Field(2, ge=1)  # besides the best by evaluation
 
 

@@ -157,13 +157,20 @@ class Run:
                 batch, numbers = self._step(parts, stream, collector, trajectories, self._due(step - 1, heldout))
                 metrics.write(step, numbers)
                 self._tracker.log(step, numbers, batch)
-                if config.checkpoint.every_steps and (step % config.checkpoint.every_steps == 0 or step == config.train.num_steps):
+                if self._has_checkpoint(step):
                     ledger = stream.state_dict()  # here, where no other prompt can be admitted meanwhile
                     collector.beside("a checkpoint's snapshot", partial(self._begin_checkpoint, parts, step, ledger))
             self._finish_checkpoint(parts)
             parts.learner.save_policy(str(self._dir / "policy"), self._policy_dir)  # an evaluation that fails costs no training
             self._evaluate(parts, heldout, "after", stream.num_handed)
             self._store.rescore(stream.num_handed, self._evals["after"]["accuracy"])
+
+    def _has_checkpoint(self, step: int) -> bool:
+        """Those that are evaluated have one too, so that the best of them can stay."""
+        if not (every := self._config.checkpoint.every_steps):
+            return False
+        evaluated = self._config.eval.every_steps
+        return step % every == 0 or step == self._config.train.num_steps or bool(evaluated and step % evaluated == 0)
 
     def _due(self, step: int, heldout: list[Task]) -> list[EpisodeRequest]:
         """The episodes of the evaluation after this step; [] where none is scheduled."""

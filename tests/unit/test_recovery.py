@@ -10,6 +10,7 @@ import pytest
 
 from tests.unit.scripted_parts import ScriptedParts
 from toolrl_ray import recipe
+from toolrl_ray.checkpoint import committed_steps
 from toolrl_ray.driver import Run
 from toolrl_ray.errors import LearnerLost, RolloutError, UserError
 from toolrl_ray.stream.buffer import Stream
@@ -88,7 +89,7 @@ def test_learners_lost_with_a_checkpoint_in_between_are_counted_apart(tmp_path: 
 
     run(tmp_path / "run", losing(), "train.max_learner_restarts=1", "checkpoint.every_steps=1")
     with pytest.raises(LearnerLost):
-        run(tmp_path / "other", losing(), "train.max_learner_restarts=1", "checkpoint.every_steps=0")
+        run(tmp_path / "other", losing(), "train.max_learner_restarts=1", "checkpoint.every_steps=9", "eval.every_steps=0")
 
 
 def test_each_checkpoint_has_the_score_of_the_evaluation_at_its_step_the_last_one_too(tmp_path: Path) -> None:
@@ -97,6 +98,16 @@ def test_each_checkpoint_has_the_score_of_the_evaluation_at_its_step_the_last_on
     scores = {path.parent.name: json.loads(path.read_text())["score"] for path in run_dir.glob("checkpoints/*/manifest.json")}
     accuracy = {e["step"]: e["accuracy"] for e in json.loads((run_dir / "eval.json").read_text()).values()}
     assert scores == {f"step-{step:06d}": accuracy[step] for step in (4, 5)}
+
+
+def test_the_best_by_evaluation_stays_though_no_checkpoint_was_due_at_its_step(tmp_path: Path) -> None:
+    scripted = ScriptedParts()
+    scripted.reward = lambda request: float(request.episode_id.startswith("eval-step-3"))
+    settings = ["train.num_steps=7", "eval.every_steps=3", "checkpoint.every_steps=2", "checkpoint.keep_last=1"]
+    run(tmp_path / "run", scripted, *settings)
+    assert committed_steps(tmp_path / "run") == [3, 7]
+    run(tmp_path / "none", ScriptedParts(), *settings, "checkpoint.every_steps=0")
+    assert committed_steps(tmp_path / "none") == []
 
 
 def test_a_run_goes_on_for_longer_than_was_planned_at_first(tmp_path: Path, whole) -> None:
