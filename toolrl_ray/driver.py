@@ -23,7 +23,8 @@ episodes ride along with the collection of batch s + 1, and that update waits fo
 | the thread of a job | weights.sync | pause, send, resume of every engine; weights.timeout_s each |
 | a replaced engine | the weights | the end of the update and sync under way |
 
-A lost learner (LearnerLost) is started anew and the run goes back to its last checkpoint, by the same path as `toolrl train --resume`.
+A lost learner (LearnerLost) is started anew and the run goes back to its last checkpoint, by the same path as `toolrl train --resume`;
+where it takes none, it ends rather than begin again behind steps that were finished.
 Shutdown: whatever ends the loop (the last step, an error, Ctrl-C, SIGTERM), `Parts.close` kills the actors, removes the run's
 tools and its placement group, and `Run.close_tracker` then ends the W&B run, which may wait for a network; the files of the run
 folder are whole up to the last finished step. The driver knows the parts by what they do, never how they do it: `cluster.py`
@@ -102,7 +103,8 @@ class Run:
                 return self._summary(time.monotonic() - started)
             except LearnerLost as error:
                 self._num_lost += 1
-                if self._num_lost > config.train.max_learner_restarts:
+                loses_all = not config.checkpoint.every_steps and files.has_trained(self._dir) and not committed_steps(self._dir)
+                if loses_all or self._num_lost > config.train.max_learner_restarts:
                     raise
                 self._say(f"{error}; starting the learner again ({self._num_lost} of {config.train.max_learner_restarts})")
                 self._goes_on = self._is_lost = True

@@ -81,7 +81,7 @@ def reopen(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
         if finished(run_dir) and config.train.num_steps <= (num_steps := evaluations(run_dir)["after"].get("step", 0)):
             remedy = f"to go on longer set train.num_steps above {num_steps}" if committed_steps(run_dir) else "start a new run"
             raise UserError(f"--resume {str(run_dir)!r}: the run is finished; {remedy}")
-        if _has_trained(run_dir) and not committed_steps(run_dir) and (finished(run_dir) or not saved.checkpoint.every_steps):
+        if has_trained(run_dir) and not committed_steps(run_dir) and (finished(run_dir) or not saved.checkpoint.every_steps):
             raise UserError(
                 f"--resume {str(run_dir)!r}: the run has no checkpoint to go on from, and starting again there would lose its results; "
                 "start a new run"
@@ -99,11 +99,12 @@ def finished(run_dir: Path) -> bool:
 
 def release(run_dir: Path) -> None:
     """Remove the folder of a run that ended before its first step, so that the same command can be given again."""
-    if not _has_trained(run_dir) and not committed_steps(run_dir) and not (run_dir / "policy").exists():
+    if not has_trained(run_dir) and not committed_steps(run_dir) and not (run_dir / "policy").exists():
         shutil.rmtree(run_dir, ignore_errors=True)
 
 
-def _has_trained(run_dir: Path) -> bool:
+def has_trained(run_dir: Path) -> bool:
+    """Whether a step was finished."""
     metrics = run_dir / "metrics.jsonl"
     return metrics.exists() and metrics.stat().st_size > 0
 

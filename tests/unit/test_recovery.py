@@ -83,6 +83,18 @@ def test_a_learner_that_is_lost_again_and_again_ends_the_run(tmp_path: Path) -> 
     assert scripted.calls.count("restart") == 2
 
 
+def test_without_checkpoints_a_lost_learner_does_not_throw_away_the_steps_that_were_finished(tmp_path: Path) -> None:
+    def losing(step: int) -> ScriptedParts:
+        return ScriptedParts({f"sync {step}": [LearnerLost("learner rank 0 died in update")]})
+
+    first = losing(1)
+    run(tmp_path / "first", first, "checkpoint.every_steps=0")  # there is none yet
+    assert first.calls.count("restart") == 1
+    with pytest.raises(LearnerLost):
+        run(tmp_path / "third", losing(3), "checkpoint.every_steps=0")
+    assert [m["step"] for m in load_metrics(tmp_path / "third" / "metrics.jsonl")] == [1, 2]
+
+
 def test_learners_lost_with_a_checkpoint_in_between_are_counted_apart(tmp_path: Path) -> None:
     def losing() -> ScriptedParts:
         return ScriptedParts({f"sync {step}": [LearnerLost("x")] for step in (2, 4)})
