@@ -132,13 +132,13 @@ class Run:
             parts.learner.restart()
             parts.weights.reconnect()
             self._is_lost = False
-        step = 0
+        step, num_bytes = 0, {}
         if (newest := self._store.newest()) is not None:
             step, folder = newest
             parts.learner.load_state(str(folder))
             state = json.loads((folder / STATE).read_text())
             stream.load_state_dict(state["stream"])
-            self._totals = state["totals"]
+            self._totals, num_bytes = state["totals"], state.get("num_bytes", {})
         elif committed_steps(self._dir):
             raise UserError(f"none of the checkpoints in {self._dir}/checkpoints is whole; to start from the beginning remove that folder")
         parts.weights.sync(step)
@@ -146,6 +146,8 @@ class Run:
         evals = self._dir / "eval.json"
         self._evals = json.loads(evals.read_text()) if evals.exists() else {}
         self._say(f"going on after step {step}" if step else "no checkpoint yet: starting from the beginning")
+        for line in files.lacking(self._dir, num_bytes):
+            self._say(line)
         return stream
 
     def _train_from(self, parts: Parts, stream: Stream, heldout: list[Task]) -> None:
@@ -161,7 +163,8 @@ class Run:
                 self._tracker.log(step, numbers, batch)
                 if self._has_checkpoint(step):
                     ledger = stream.state_dict()  # here, where no other prompt can be admitted meanwhile
-                    collector.beside("a checkpoint's snapshot", partial(self._begin_checkpoint, parts, step, ledger))
+                    begin = partial(self._begin_checkpoint, parts, step, ledger, (trajectories, metrics))
+                    collector.beside("a checkpoint's snapshot", begin)
             self._finish_checkpoint(parts)
             parts.learner.save_policy(str(self._dir / "policy"), self._policy_dir)  # an evaluation that fails costs no training
             self._evaluate(parts, heldout, "after", stream.num_handed)
@@ -230,10 +233,13 @@ class Run:
             numbers = parts.learner.update(batch)
             return numbers | parts.weights.sync(step)
 
-    def _begin_checkpoint(self, parts: Parts, step: int, ledger: dict[str, Any]) -> None:
-        """Of the step that has just ended. The learner writes while it is already at the next update."""
+    def _begin_checkpoint(
+        self, parts: Parts, step: int, ledger: dict[str, Any], written: tuple[TrajectoryWriter | MetricsWriter, ...]
+    ) -> None:
+        """Of the step that has just ended, whose rows it vouches for. The learner writes while it is already at the next update."""
         folder = self._store.begin(step)
-        (folder / STATE).write_text(json.dumps({"stream": ledger, "totals": self._totals}))
+        num_bytes = {file.path.name: file.sync() for file in written}
+        (folder / STATE).write_text(json.dumps({"stream": ledger, "totals": self._totals, "num_bytes": num_bytes}))
         with parts.weights.changing:  # a collective, as a sync is: all ranks must take the two in one order
             parts.learner.save_state(str(folder))
         self._saving = step

@@ -136,6 +136,14 @@ def truncate_to(run_dir: Path, step: int) -> None:
             shutil.rmtree(folder)
 
 
+def lacking(run_dir: Path, num_bytes: Mapping[str, int]) -> Iterator[str]:
+    """A line for each of these files that holds less than so many bytes."""
+    for name, wanted in num_bytes.items():
+        path = run_dir / name
+        if (found := path.stat().st_size if path.exists() else 0) < wanted:
+            yield f"{path} has {found} bytes of the {wanted} that it had at this step: the machine has lost rows of it"
+
+
 def write_whole(path: Path, text: str) -> None:
     """Replace a file by another that is on the disk in full: whoever reads it, after a kill too, finds the old or the new one."""
     aside = path.with_name(f"{path.name}.writing")

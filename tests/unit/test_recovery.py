@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
 
 from tests.unit.scripted_parts import ScriptedParts
-from toolrl_ray import recipe
+from toolrl_ray import checkpoint, recipe
 from toolrl_ray.checkpoint import committed_steps
 from toolrl_ray.driver import Run
 from toolrl_ray.errors import LearnerLost, RolloutError, UserError
@@ -151,6 +153,49 @@ def test_an_evaluation_before_training_is_of_a_run_that_begins_and_of_none_that_
     assert "collect eval-before" not in scripted.calls
     assert set(json.loads((tmp_path / "run" / "eval.json").read_text())) == {"step-2", "step-4", "after"}
     assert ["held-out", "accuracy", "(4", "tasks)", "-", "1.000"] in [line.split() for line in said[-1].splitlines()]
+
+
+def killed_after_step_2(run_dir: Path, *overrides: str) -> Path:
+    """The folder of a run that was killed in step 5, with a checkpoint of step 2."""
+    with pytest.raises(RolloutError):
+        run(run_dir, ScriptedParts({"sync 5": RolloutError("killed")}), *overrides)
+    return run_dir
+
+
+def without(run_dir: Path, key: str) -> None:
+    """Makes of the checkpoint of step 2 one of an earlier version, that did not hold this."""
+    folder = run_dir / "checkpoints" / "step-000002"
+    state = json.loads((folder / "run.json").read_text())
+    del state[key]
+    (folder / "run.json").write_text(json.dumps(state))
+    checkpoint._seal(folder, 2, None)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "trajectories.jsonl"])
+def test_rows_that_a_power_cut_took_though_a_checkpoint_vouches_for_them_are_told_of(tmp_path: Path, name: str) -> None:
+    path = killed_after_step_2(tmp_path / "run") / name
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    assert not [line for line in run(tmp_path / "whole", ScriptedParts(), resume=True) if "has lost" in line]
+    lines = path.read_text().splitlines(keepends=True)
+    num_bytes = sum(len(line) for line in lines if json.loads(line)["step"] <= 2)
+    path.write_text(lines[0])
+    told = f"{path} has {len(lines[0])} bytes of the {num_bytes} that it had at this step: the machine has lost rows of it"
+    assert told in run(tmp_path / "run", ScriptedParts(), resume=True)
+
+
+def test_a_checkpoint_that_does_not_tell_how_many_rows_there_were_is_gone_on_from(tmp_path: Path, whole) -> None:
+    without(killed_after_step_2(tmp_path / "run"), "num_bytes")
+    run(tmp_path / "run", ScriptedParts(), resume=True)
+    assert outcome(tmp_path / "run") == whole[0]
+
+
+def test_the_rows_up_to_a_checkpoint_are_on_the_device_before_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(Path(f"/proc/self/fd/{number}").readlink().name))
+    run(tmp_path / "run", ScriptedParts())
+    for name in ("metrics.jsonl", "trajectories.jsonl"):
+        assert synced.index(name) < synced.index("manifest.json")
+        assert synced.count(name) == synced.count("run.json") == 3
 
 
 def test_with_staleness_the_prompts_under_way_at_a_kill_are_run_again_and_each_is_trained_once(tmp_path: Path) -> None:

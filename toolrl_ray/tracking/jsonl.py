@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +13,7 @@ import msgspec
 
 
 class JsonLines:
-    """Appends objects to `path`, each on disk when `append` returns (flushed to the system, not synced to the device).
+    """Appends objects to `path`, each with the system when `append` returns, and on the device after `sync`.
 
     Opening cuts off an unfinished last line, so that a resumed run goes on with whole records.
     """
@@ -29,6 +30,11 @@ class JsonLines:
         for record in records:
             self._file.write(self._encoder.encode(record) + b"\n")
         self._file.flush()
+
+    def sync(self) -> int:
+        """The bytes of the file, which then outlast a power cut too."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
 
     def close(self) -> None:
         self._file.close()

@@ -34,6 +34,10 @@ class MetricsWriter:
             record["nonfinite"] = nonfinite
         self._lines.append([record])
 
+    def sync(self) -> int:
+        """The bytes of the file, which are on the device then."""
+        return self._lines.sync()
+
     def close(self) -> None:
         self._lines.close()
 

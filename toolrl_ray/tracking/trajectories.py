@@ -28,6 +28,10 @@ class TrajectoryWriter:
     def write(self, step: int, trajectories: Iterable[Trajectory]) -> None:
         self._lines.append(to_record(step, trajectory) for trajectory in trajectories)
 
+    def sync(self) -> int:
+        """The bytes of the file, which are on the device then."""
+        return self._lines.sync()
+
     def close(self) -> None:
         self._lines.close()
 

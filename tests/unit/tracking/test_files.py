@@ -50,6 +50,15 @@ def test_each_step_is_on_disk_as_one_object_before_the_writer_is_closed(tmp_path
     writer.close()
 
 
+def test_syncing_tells_how_many_bytes_are_on_the_device(tmp_path: Path) -> None:
+    for num_steps in (1, 3):
+        writer = MetricsWriter(tmp_path)
+        for step in range(num_steps):
+            writer.write(step, {"a": 1.0})
+        assert writer.sync() == (tmp_path / "metrics.jsonl").stat().st_size > 0
+        writer.close()
+
+
 def test_nan_and_infinity_become_null_and_are_named(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path)
     writer.write(4, {"a": float("nan"), "b": 1.0, "c": np.float64("-inf")})
