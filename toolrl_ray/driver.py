@@ -42,6 +42,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from toolrl_ray import origin
 from toolrl_ray import run_dir as files
 from toolrl_ray.checkpoint import CheckpointStore, committed_steps
 from toolrl_ray.collector import Collector, evaluate, in_thread
@@ -81,6 +82,7 @@ class Run:
         self._saving: int | None = None  # step of the checkpoint that is being written
         self._is_lost, self._num_lost = False, 0  # the learner now; learners since the last checkpoint
         self._tracker: WandbTracker | None = None
+        self._origin: dict[str, str] = {}
         self._evals: dict[str, Any] = {}
         self._tool_stats: dict[str, float] = {}  # after the step before
         self._totals = {"episodes": 0.0, "tokens": 0.0, "rollout_s": 0.0}
@@ -90,6 +92,7 @@ class Run:
         config = self._config
         assert parts.learner is not None and parts.weights is not None
         tasks, heldout = load_tasks(config.task)
+        self._origin = origin.of_task_modules(config)  # as they were loaded, whatever becomes of their files
         self._dir.mkdir(parents=True, exist_ok=True)
         isolation = isolations(parts.rollout.tool_stats())
         found = "".join(f"# {tool} runs untrusted code under {tier}\n" for tool, tier in isolation.items())
@@ -125,6 +128,7 @@ class Run:
             group_size=config.train.group_size,
             num_batches=config.train.num_steps,
         )
+        self._origin |= origin.of_policy(config)  # a learner that is started anew loads it again
         if not self._goes_on:
             return stream
         parts.rollout.cancel_all()
@@ -135,8 +139,9 @@ class Run:
         step, num_bytes = 0, {}
         if (newest := self._store.newest()) is not None:
             step, folder = newest
-            parts.learner.load_state(str(folder))
             state = json.loads((folder / STATE).read_text())
+            origin.check(state.get("origin", {}), self._origin)
+            parts.learner.load_state(str(folder))
             stream.load_state_dict(state["stream"])
             self._totals, num_bytes = state["totals"], state.get("num_bytes", {})
         elif committed_steps(self._dir):
@@ -239,7 +244,8 @@ class Run:
         """Of the step that has just ended, whose rows it vouches for. The learner writes while it is already at the next update."""
         folder = self._store.begin(step)
         num_bytes = {file.path.name: file.sync() for file in written}
-        (folder / STATE).write_text(json.dumps({"stream": ledger, "totals": self._totals, "num_bytes": num_bytes}))
+        state = {"stream": ledger, "totals": self._totals, "num_bytes": num_bytes, "origin": self._origin}
+        (folder / STATE).write_text(json.dumps(state))
         with parts.weights.changing:  # a collective, as a sync is: all ranks must take the two in one order
             parts.learner.save_state(str(folder))
         self._saving = step

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import threading
 from pathlib import Path
 
@@ -196,6 +197,85 @@ def test_the_rows_up_to_a_checkpoint_are_on_the_device_before_it_is(tmp_path: Pa
     for name in ("metrics.jsonl", "trajectories.jsonl"):
         assert synced.index(name) < synced.index("manifest.json")
         assert synced.count(name) == synced.count("run.json") == 3
+
+
+OWN_TASK = """
+from toolrl_ray.types import Task
+
+def load_tasks(config):
+    tasks = [Task(f"t/{n}", str(n), str(n), "t") for n in range(12)]
+    return tasks[4:], tasks[:4]
+
+def render_prompt(task, few_shot):
+    return task.prompt
+
+def reward(trajectory):
+    return 1.0
+"""
+
+
+def folder_of_weights(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "model-1.safetensors").write_bytes(bytes(5 * 2**20))
+    (folder / "model-2.safetensors").write_bytes(b"12")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (lambda folder: (folder / "policy" / "model-2.safetensors").write_bytes(b"21"), "policy.path"),
+        (lambda folder: (folder / "policy" / "model-1.safetensors").write_bytes(bytes(4 * 2**20) + b"1" * 2**20), "policy.path"),
+        (lambda folder: (folder / "policy" / "model-2.safetensors").unlink(), "policy.path"),
+        (lambda folder: (folder / "own.py").write_text(OWN_TASK.replace("1.0", "0.5")), "task.module"),
+        (lambda folder: (folder / "part.py").write_text(OWN_TASK.replace("1.0", "0.5")), "task.parts.b.module"),
+    ],
+)
+def test_a_run_whose_policy_or_task_module_is_another_now_is_not_gone_on_with(tmp_path: Path, change, key: str) -> None:
+    settings = [f"policy.path={folder_of_weights(tmp_path / 'policy')}"]
+    for name in ("own", "part"):
+        (tmp_path / f"{name}.py").write_text(OWN_TASK)
+    parts = f"task.parts={{a: {{module: toolrl_ray.tasks.calculator}}, b: {{module: {tmp_path}/part.py}}}}"
+    settings += [parts] if "parts" in key else [f"task.module={tmp_path}/own.py"]
+    run_dir = killed_after_step_2(tmp_path / "run", *settings)
+    rows = (run_dir / "metrics.jsonl").read_bytes()
+    unload(tmp_path)
+    change(tmp_path)
+    scripted = ScriptedParts()
+    with pytest.raises(UserError, match=f"the files of {key} are not those that the run began with"):
+        run(run_dir, scripted, *settings, resume=True)
+    assert (run_dir / "metrics.jsonl").read_bytes() == rows and scripted.calls == []
+
+
+def test_a_checkpoint_that_does_not_tell_what_the_run_began_from_is_gone_on_from(tmp_path: Path) -> None:
+    settings = [f"policy.path={folder_of_weights(tmp_path / 'policy')}"]
+    without(killed_after_step_2(tmp_path / "run", *settings), "origin")
+    (tmp_path / "policy" / "model-2.safetensors").unlink()
+    assert "going on after step 2" in run(tmp_path / "run", ScriptedParts(), *settings, resume=True)
+
+
+def test_a_policy_and_a_task_module_that_are_as_they_were_are_gone_on_with_also_by_a_learner_that_was_lost(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN_TASK)
+    settings = [f"policy.path={folder_of_weights(tmp_path / 'policy')}", f"task.module={tmp_path}/own.py"]
+    run_dir = killed_after_step_2(tmp_path / "run", *settings)
+    scripted = ScriptedParts({"sync 4": [LearnerLost("x")]})
+    note = scripted.note
+
+    def edited(call: str) -> None:
+        if call == "update":
+            (tmp_path / "own.py").write_text("edited while the run goes on by what it has loaded")
+        note(call)
+
+    scripted.note = edited
+    run(run_dir, scripted, *settings, resume=True)
+    assert scripted.calls.count("restart") == 1
+
+
+def unload(folder: Path) -> None:
+    """What a new process would read again."""
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(str(folder)):
+            del sys.modules[name]
 
 
 def test_with_staleness_the_prompts_under_way_at_a_kill_are_run_again_and_each_is_trained_once(tmp_path: Path) -> None:

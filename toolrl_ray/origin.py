@@ -1,0 +1,50 @@
+"""What a run began from that no checkpoint holds: the initial policy, which is also the reference of the KL, and a person's own task
+modules. Digests of their files show a resumed run that they are others now.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from toolrl_ray.config import RunConfig
+from toolrl_ray.errors import UserError
+from tools_service.loading import load_module
+
+WEIGHTS = (".safetensors", ".bin")
+PART_BYTES = 2**20  # of a file of weights, from its beginning, middle and end: all of a large model would take minutes
+
+
+def of_policy(config: RunConfig) -> dict[str, str]:
+    """By its key; {} where it is not a folder that is here."""
+    if config.policy.path == "tiny" or not os.path.isdir(config.policy.path):
+        return {}
+    whole = hashlib.sha256()
+    for path in sorted(path for path in Path(config.policy.path).iterdir() if path.suffix in WEIGHTS and path.is_file()):
+        size = path.stat().st_size
+        whole.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for start in (0, (size - PART_BYTES) // 2, size - PART_BYTES):
+                file.seek(max(0, start))
+                whole.update(file.read(PART_BYTES))
+    return {"policy.path": whole.hexdigest()}
+
+
+def of_task_modules(config: RunConfig) -> dict[str, str]:
+    """By their keys; without those that come with the project, which a new version of it may change."""
+    sources = {"task": config.task} | {f"task.parts.{name}": part for name, part in config.task.parts.items()}
+    own = {key: source.module for key, source in sources.items() if not source.module.startswith("toolrl_ray.")}
+    files = {f"{key}.module": load_module(module).__file__ for key, module in own.items()}
+    return {key: hashlib.sha256(Path(file).read_bytes()).hexdigest() for key, file in files.items() if file}
+
+
+def check(before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raises UserError for what both know and is not the same."""
+    for key, digest in before.items():
+        if now.get(key, digest) != digest:
+            raise UserError(
+                f"the files of {key} are not those that the run began with, so it would learn something else from here on; bring them back "
+                "as they were, or start a new run"
+            )
