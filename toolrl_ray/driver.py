@@ -211,7 +211,7 @@ class Run:
         step_s = time.monotonic() - started
         idle_s = collector.idle_s - idle_before
         rollout_s = step_s if self._config.stream.max_staleness_steps else waited_s  # one that runs ahead runs all the time
-        numbers = rollout_metrics(batch, rollout_s) | learned | stream.metrics()
+        numbers = rollout_metrics(batch, rollout_s, stream.dropped_episodes) | learned | stream.metrics()
         stats = parts.rollout.tool_stats()
         numbers |= tool_metrics(stats, self._tool_stats)
         self._tool_stats = stats
@@ -228,7 +228,7 @@ class Run:
             "time/learner_idle_share": waited_s / step_s,
             "time/step_s": step_s,
         }
-        counted = {"episodes": len(batch), "tokens": numbers["rollout/sampled_tokens"], "rollout_s": rollout_s}
+        counted = {"episodes": numbers["rollout/episodes"], "tokens": numbers["rollout/sampled_tokens"], "rollout_s": rollout_s}
         self._totals = {name: total + counted[name] for name, total in self._totals.items()}
         self._say(step_line(step, self._config.train.num_steps, numbers))
         return batch, numbers

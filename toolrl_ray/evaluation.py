@@ -14,17 +14,22 @@ from tools_service.protocol import ToolStatus
 Numbers = dict[str, float]
 
 
-def rollout_metrics(trajectories: Sequence[Trajectory], duration_s: float) -> Numbers:
+def rollout_metrics(trajectories: Sequence[Trajectory], duration_s: float, dropped: Sequence[tuple[float, int]] = ()) -> Numbers:
     """Metrics of one collection that took `duration_s`; shares are of episodes, stop reasons and statuses all named.
 
+    dropped: (reward, sampled tokens) of the episodes that finished too and are not trained on. They count in `rollout/*`, and in
+    `env/reward_mean_with_dropped`: where groups are filtered by their rewards, `env/reward_mean` is that of the others alone.
     Of tasks of several sources, reward and tool use are given for each, as `env/reward_mean/SOURCE`.
     """
     calls = [call for t in trajectories for call in t.tool_calls]
     stops = Counter(t.stop_reason for t in trajectories)
     statuses = Counter(call.status for call in calls)
     sampled = sum(t.num_trained_tokens for t in trajectories)
+    num_episodes = len(trajectories) + len(dropped)
+    num_tokens = sampled + sum(tokens for _, tokens in dropped)
     metrics = {
         "env/reward_mean": _reward_mean(trajectories),
+        "env/reward_mean_with_dropped": fmean([*(t.reward or 0.0 for t in trajectories), *(reward for reward, _ in dropped)]),
         "env/reward_std": pstdev(t.reward or 0.0 for t in trajectories),
         "env/tool_use_rate": _tool_use_rate(trajectories),
         "env/truncated_rate": fmean(t.truncated for t in trajectories),
@@ -33,10 +38,10 @@ def rollout_metrics(trajectories: Sequence[Trajectory], duration_s: float) -> Nu
         "env/episode_s_mean": fmean(t.duration_s for t in trajectories),
         "tools/calls": len(calls),
         "tools/latency_s_mean": fmean(call.latency_s for call in calls) if calls else 0.0,
-        "rollout/episodes": len(trajectories),
-        "rollout/sampled_tokens": sampled,
-        "rollout/episodes_per_s": len(trajectories) / duration_s,
-        "rollout/tokens_per_s": sampled / duration_s,
+        "rollout/episodes": num_episodes,
+        "rollout/sampled_tokens": num_tokens,
+        "rollout/episodes_per_s": num_episodes / duration_s,
+        "rollout/tokens_per_s": num_tokens / duration_s,
         "time/rollout_s": duration_s,
     }
     for source, own in by_source(trajectories).items():

@@ -111,6 +111,21 @@ def test_a_steps_tool_calls_are_those_of_its_collections_and_not_of_the_first_ev
     assert [m["tools/T/calls"] for m in load_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
 
 
+def test_episodes_of_groups_that_were_filtered_away_count_in_the_speed_and_in_a_reward_of_their_own(tmp_path: Path) -> None:
+    """Of four prompts one is solved by one of its two episodes, and the others, in which there is nothing to learn, by both."""
+    scripted = ScriptedParts()
+    mixed = {f"{number}:1" for number in range(0, 100, 4)}
+    scripted.reward = lambda request: float(request.episode_id not in mixed)
+    start(tmp_path, "train.group_size=2", "stream.filter_zero_signal=true").train(scripted.parts())
+    for m in load_metrics(tmp_path / "run" / "metrics.jsonl"):
+        num_episodes = m["rollout/episodes"]
+        assert m["env/reward_mean"] == 0.5 and num_episodes > 6
+        assert m["env/reward_mean_with_dropped"] == pytest.approx(1 - 3 / num_episodes)
+        assert m["rollout/sampled_tokens"] == 2 * num_episodes
+        assert m["rollout/tokens_per_s"] * m["time/rollout_s"] == pytest.approx(2 * num_episodes)
+    assert len(load_trajectories(tmp_path / "run" / "trajectories.jsonl")) == 12
+
+
 def test_the_tracker_ends_only_when_it_is_closed_and_then_has_every_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finished = []
 

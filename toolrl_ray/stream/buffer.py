@@ -86,6 +86,8 @@ class Stream:
         self._buffered: Counter[int] = Counter()
         self._dropped: dict[int, DropReason] = {}
         self._num_filtered = 0  # since the last batch
+        self.dropped_episodes: list[tuple[float, int]] = []  # reward and sampled tokens, of groups dropped between the last two batches
+        self._dropped_since: list[tuple[float, int]] = []  # and since the last batch
         self.staleness: list[int] = []  # of the trajectories of the last batch, in updates
         self.num_late = 0  # trajectories that came after their group had left
 
@@ -138,6 +140,7 @@ class Stream:
     def _drop(self, group: Group, reason: DropReason) -> None:
         del self._groups[group.number]
         self._dropped[group.number] = reason
+        self._dropped_since += [(t.reward or 0.0, t.num_trained_tokens) for t in group.finished]
 
     def expire(self) -> list[str]:
         """Lets late groups go: with the episodes that have finished, if these are a quorum. Returns the episodes to call off.
@@ -172,6 +175,7 @@ class Stream:
             del self._groups[group.number]
         self.num_handed = update
         self._num_filtered = 0
+        self.dropped_episodes, self._dropped_since = self._dropped_since, []
         batch = [t for g in sorted(chosen, key=lambda g: g.number) for t in sorted(g.finished, key=_member)]
         self._check_bound(batch)
         return batch
@@ -250,6 +254,7 @@ class Stream:
         self._in_flight, self._buffered = Counter(), Counter()
         self._dropped = {int(number): DropReason(reason) for number, reason in state["dropped"].items()}
         self._num_filtered = 0
+        self._dropped_since = []
 
 
 def staleness_steps(trajectory: Trajectory, update: int) -> int:

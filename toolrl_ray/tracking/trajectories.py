@@ -1,4 +1,4 @@
-"""trajectories.jsonl: every finished episode, whole: token columns, text segments, tool calls, reward.
+"""trajectories.jsonl: every episode that was trained on or is of an evaluation, whole: token columns, text segments, tool calls, reward.
 
 One object per line. The four token columns have equal length, as in `Trajectory`; the mask is written as 0 and 1, and
 logprobs are rounded to 1e-7, which is finer than float32 resolves a logprob of -1.

@@ -211,6 +211,22 @@ def test_a_group_without_signal_is_replaced_by_another_prompt_up_to_a_limit() ->
     assert s.counts() == {"pending": 0, "in_flight": 0, "buffered": 0, "trained": 1, "dropped": 1}
 
 
+def test_the_finished_episodes_of_dropped_groups_are_told_with_the_next_batch_alone() -> None:
+    now = [0.0]
+    s = stream(k=0, batch=1, size=2, filter_zero_signal=True, group_deadline_s=10, clock=lambda: now[0])
+    s.add([finished(request, 0, reward=1.0) for request in s.admit()])
+    s.add([finished(s.admit()[0], 0, reward=0.25)])
+    now[0] = 11.0
+    s.expire()
+    assert s.dropped_episodes == []
+    s.add([finished(request, 0, reward=reward) for request, reward in zip(s.admit(), (0.0, 1.0), strict=True)])
+    assert groups(s.next_batch() or []) == [2, 2]
+    assert s.dropped_episodes == [(1.0, 2), (1.0, 2), (0.25, 2)]
+    s.loaded(1)
+    s.add([finished(request, 1, reward=reward) for request, reward in zip(s.admit(), (0.0, 1.0), strict=True)])
+    assert groups(s.next_batch() or []) == [3, 3] and s.dropped_episodes == []
+
+
 def test_a_group_with_signal_is_kept() -> None:
     s = stream(k=0, batch=1, size=2, filter_zero_signal=True)
     s.add([finished(request, 0, reward=reward) for request, reward in zip(s.admit(), (0.0, 1.0), strict=True)])
