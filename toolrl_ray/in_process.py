@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from toolrl_ray.config import RunConfig
-from toolrl_ray.driver import Parts
+from toolrl_ray.parts import Parts
 from toolrl_ray.errors import EpisodeError
 from toolrl_ray.learner.update import Learner
 from toolrl_ray.rollout.inbox import Inbox
