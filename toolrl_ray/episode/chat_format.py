@@ -2,7 +2,7 @@
 
 A turn ends with the model's end-of-turn token. One with calls is answered, in the order of the calls, by tool messages in the model's own
 chat template; one without is the final answer, and counts as submitted. A turn that did not end by itself is neither. What stands in a
-thought, `<think>...</think>`, is no call, and neither is a `<tool_call>` that prose mentions.
+thought, `<think>...</think>`, is no call, and neither is a `<tool_call>` that prose mentions: one that does not close, or is quoted.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from tools_service.runner import MAX_MESSAGE_CHARS, ToolInfo
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 THINK, THOUGHT = "<think>", "</think>"
 MARK = re.compile(f"{OPEN}|{CLOSE}")
-# What a call begins with: OPEN before JSON, or where nothing stands before it in its line but thoughts and other calls.
-BEGIN = rf"{OPEN}(?=\s*\{{)|(?:^|(?<={CLOSE})|(?<={THOUGHT}))[ \t]*{OPEN}"
+# What a call begins with: OPEN before JSON, or where nothing stands before it in its line but thoughts and other calls, or where it closes
+# before another call begins or a thought ends. The last looks no further than the next of these marks, so a long text stays cheap.
+CLOSES = rf"(?=(?:[^<]|<(?!/?tool_call>|/think>))*+{CLOSE})"
+BEGIN = rf"{OPEN}(?=\s*\{{)|(?:^|(?<={CLOSE})|(?<={THOUGHT}))[ \t]*{OPEN}|(?<![`'\"]){OPEN}{CLOSES}"
 NEXT = re.compile(rf"{THINK}|{THOUGHT}|{BEGIN}", re.MULTILINE)
 CLOSED = re.compile(rf"\s*{CLOSE}")
 SPACE = re.compile(r"\s*")

@@ -81,6 +81,24 @@ def test_a_call_that_cannot_be_understood_says_what_is_wrong(text: str, tool: st
     assert problem in asked.refused.text
 
 
+@pytest.mark.parametrize("before", ["", "I look it up: ", "I look it up:\n"])
+@pytest.mark.parametrize(
+    ("said", "problem"),
+    [
+        ('```json\n{"name": "Echo", "arguments": {"argument": "x"}}\n```', "the call is not JSON: Expecting value at character 1"),
+        ('[{"name": "Echo", "arguments": {"argument": "x"}}]', "the call is not a JSON object with name and arguments"),
+        ('Echo(argument="x")', "the call is not JSON: Expecting value at character 1"),
+        ('"name": "Echo", "arguments": {}', "followed by something else than </tool_call>"),
+        ("<function=Echo><parameter=argument>x</parameter></function>", "the call is not JSON: Expecting value at character 1"),
+    ],
+)
+def test_whatever_stands_in_a_call_that_closes_it_is_told_what_is_wrong_also_behind_prose(before: str, said: str, problem: str) -> None:
+    parsed = parse(f"{before}<tool_call>{said}</tool_call>")
+    assert parsed.kind is TurnKind.CALL
+    [asked] = parsed.calls
+    assert asked.refused is not None and problem in asked.refused.text
+
+
 @pytest.mark.parametrize(
     "bad",
     [
@@ -105,6 +123,9 @@ def test_a_wrong_call_takes_no_other_call_of_its_turn_with_it(bad: str) -> None:
         "I will not send <tool_call>{.\n</think>\nResult=5",
         f"<think>\nI send\n{ECHO}",
         "A call begins with `<tool_call>` and ends with `</tool_call>`. Result=5",
+        'I could write "<tool_call>Echo</tool_call>". Result=5',
+        "I need no <tool_call> here. Result=5",
+        "I need a <tool_call>\n</think>\nA </tool_call> ends nothing. Result=5",
     ],
 )
 def test_what_a_thought_or_prose_mentions_is_no_call(text: str) -> None:
@@ -118,6 +139,7 @@ def test_what_a_thought_or_prose_mentions_is_no_call(text: str) -> None:
         (f"<think>\nNot {ADD}.\n</think>\n\n{ECHO}", ["Echo"]),
         (f"Not {ADD}.\n</think>\n\n{ECHO}", ["Echo"]),
         (f"I send a <tool_call> now: {ECHO}", ["Echo"]),
+        (f"I send a <tool_call>, that is: <tool_call>Echo('hi')</tool_call>{ECHO}", ["", "Echo"]),
         (f"<think>a</think>{ECHO}<think>b</think>{ADD}", ["Echo", "Add"]),
         (call("Echo", '{"argument": "</think> <think>"}') + ADD, ["Echo", "Add"]),
         ("<think>a</think><tool_call>\nEcho('hi')\n</tool_call>", [""]),
