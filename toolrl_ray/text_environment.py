@@ -24,6 +24,7 @@ from toolrl_ray.episode.codec import HFCodec
 from toolrl_ray.episode.loop import Limits, run_episode
 from toolrl_ray.errors import ConfigError
 from toolrl_ray.ppo_trainer import PPOConfig, PPOTrainer, causal_lm, eval_mode
+from toolrl_ray.preflight import max_positions
 from toolrl_ray.rollout.transformers_engine import TransformersEngine
 from toolrl_ray.text_history import TextHistory
 from toolrl_ray.text_tools import SHOWN, TextTools
@@ -60,7 +61,7 @@ class TextEnvironment:
     reward_fn: called once per run with the text of each episode's last model turn, up to its marker, and with the keyword arguments of
         `run`; where it has a parameter named `histories` it gets those too. Returns a number per task.
     max_turns: completions per episode. max_tool_response: characters that the model is shown of a call.
-    max_length: tokens of an episode, query included (default: as many as the model can read).
+    max_length: tokens of an episode, query included (at most, and by default: as many as the model can read).
     generation_kwargs: do_sample (default: greedy, or sampling where there is a temperature), temperature, max_new_tokens per turn,
         eos_token_id (ids that end a turn besides the tokenizer's and the model's own). Everything else must be neutral.
     tool_timeout_s: after which a call is answered without its tool. max_tool_reponse: TRL's spelling.
@@ -165,12 +166,11 @@ class TextEnvironment:
             raise ConfigError(f"tool_timeout_s={self.tool_timeout_s!r}: give seconds, more than 0")
         temperature, max_new_tokens, eos_token_ids = read_generation_kwargs(self.generation_kwargs or {})
         self._codec.eos_token_ids = self._eos_token_ids.union(eos_token_ids)
-        config = self._policy.config.get_text_config()
         limits = Limits(
             max_turns=self.max_turns,
             max_turn_tokens=max_new_tokens,
             max_observation_tokens=4 * self.max_tool_response + 4,  # a character is at most four bytes, each a token at worst
-            max_context_tokens=self.max_length or getattr(config, "max_position_embeddings", None) or NO_LIMIT,
+            max_context_tokens=min(self.max_length or NO_LIMIT, max_positions(self._policy.config) or NO_LIMIT),
             tool_deadline_s=self.tool_timeout_s,
             turn_deadline_s=DEADLINE_S,
             episode_deadline_s=DEADLINE_S,

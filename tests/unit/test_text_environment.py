@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.unit.text_parts import PROMPT, call, environment, no_reward, tiny_lm, tokenizer
 from toolrl_ray.errors import ConfigError
@@ -64,6 +65,14 @@ def test_without_max_length_an_episode_ends_where_the_model_cannot_read_on():
     env = environment({"a": ["z" * 600]}, generation_kwargs={"max_new_tokens": 1000})
     _, _, _, _, [history] = env.run(["a"])
     assert len(history.tokens) == 512 and history.truncated
+
+
+def test_a_max_length_beyond_what_the_model_can_read_ends_an_episode_where_the_model_does():
+    made = tokenizer()
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=32, vocab_size=len(made), bos_token_id=1, eos_token_id=2))
+    env = TextEnvironment(gpt2, made, [], no_reward, PROMPT, max_length=64, generation_kwargs={"max_new_tokens": 60})
+    *_, [history] = env.run(["a"])
+    assert len(history.tokens) <= 32 and history.completed
 
 
 def test_text_after_eos_is_never_in_the_mask():
