@@ -10,10 +10,9 @@ Letters: B = tasks, Q = tokens of one query, R = tokens of one response (everyth
 from __future__ import annotations
 
 import asyncio
-import inspect
-import math
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -27,30 +26,15 @@ from toolrl_ray.ppo_trainer import PPOConfig, PPOTrainer, causal_lm, eval_mode
 from toolrl_ray.preflight import max_positions
 from toolrl_ray.rollout.transformers_engine import TransformersEngine
 from toolrl_ray.text_history import TextHistory
+from toolrl_ray.text_settings import as_list, parameter_names, read_generation_kwargs, read_rewards
 from toolrl_ray.text_tools import SHOWN, TextTools
 from toolrl_ray.types import EpisodeRequest, Task, Trajectory
 
 __all__ = ["PPOConfig", "PPOTrainer", "TextEnvironment", "TextHistory"]
 
 MAX_BATCH = 32  # episodes that are sampled together
-MAX_NEW_TOKENS = 64  # per turn, where generation_kwargs says nothing
 DEADLINE_S = 3600.0  # of a turn and of an episode
 NO_LIMIT = 2**31  # tokens of an episode, where neither max_length nor the model says how many
-
-# Settings of `generate` that bend or cut the distribution, with the values that leave it as it is.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "top_k": (0, None),
-    "top_p": (1, None),
-    "min_p": (0, None),
-    "typical_p": (1, None),
-    "repetition_penalty": (1, None),
-    "no_repeat_ngram_size": (0, None),
-    "num_beams": (1, None),
-    "min_length": (0, -1, None),
-    "min_new_tokens": (0, None),
-}
-READ = ("do_sample", "temperature", "max_new_tokens", "eos_token_id")
-OF_NO_EFFECT = ("pad_token_id", "bos_token_id", "use_cache")  # rows are padded and cached without being asked
 
 
 class TextEnvironment:
@@ -63,7 +47,7 @@ class TextEnvironment:
     max_turns: completions per episode. max_tool_response: characters that the model is shown of a call.
     max_length: tokens of an episode, query included (at most, and by default: as many as the model can read).
     generation_kwargs: do_sample (default: greedy, or sampling where there is a temperature), temperature, max_new_tokens per turn,
-        eos_token_id (ids that end a turn besides the tokenizer's and the model's own). Everything else must be neutral.
+        eos_token_id (ids that end a turn besides the tokenizer's and the model's own). Everything else must be neutral; None always is.
     tool_timeout_s: after which a call is answered without its tool. max_tool_reponse: TRL's spelling.
     Sampling is seeded by torch's global generator. Raises ConfigError, in one line, for settings that make no sense.
     """
@@ -89,7 +73,7 @@ class TextEnvironment:
         self.generation_kwargs = generation_kwargs
         self._policy = causal_lm(model)
         own_eos = getattr(getattr(self._policy, "generation_config", None), "eos_token_id", None)
-        self._codec = _Codec(tokenizer, _as_list(own_eos))
+        self._codec = _Codec(tokenizer, as_list(own_eos))
         self._eos_token_ids = self._codec.eos_token_ids
         self._settings()
         if not callable(reward_fn):
@@ -97,6 +81,7 @@ class TextEnvironment:
         self._tools = TextTools(tools, self.max_tool_response)
         self.tools = self._tools.named
         self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)  # leaves the thread's own loop alone
+        self._is_closed = False
         try:
             _wait_for(self._runner, self._tools.start())
         except BaseException:
@@ -104,15 +89,17 @@ class TextEnvironment:
             raise
 
     def run(
-        self, tasks: Iterable[str], /, **reward_kwargs: Any
+        self, tasks: Iterable[str] | None = None, /, **reward_kwargs: Any
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[TextHistory]]:
-        """One episode for every task; also where an event loop runs already, as in a notebook.
+        """One episode for every task; also where an event loop runs already, as in a notebook. The tasks may be given as `queries`, too.
 
         Returns queries (int64 [Q]), responses (int64 [R], R may be 0), masks (int64 [R], 1 on what the model sampled), rewards
         (float32 scalars) and histories, each a list of B. Raises what the model or reward_fn raises; what a tool does never raises.
         """
-        if isinstance(tasks, str):
-            raise ConfigError(f"tasks={tasks!r} is one text; give a list of texts")
+        if tasks is None:
+            tasks = reward_kwargs.pop("queries", None)
+        if tasks is None or isinstance(tasks, str):
+            raise ConfigError(f"tasks={tasks!r}: give a list of texts")
         queries = [self.prompt + task for task in tasks]
         if not queries:
             return [], [], [], [], []
@@ -160,7 +147,7 @@ class TextEnvironment:
         """What the attributes say now. Raises ConfigError."""
         for name, least in (("max_turns", 1), ("max_tool_response", 4), ("max_length", 1)):
             value = getattr(self, name)
-            if not (isinstance(value, int) and value >= least or name == "max_length" and value is None):
+            if not (isinstance(value, Integral) and value >= least or name == "max_length" and value is None):
                 raise ConfigError(f"{name}={value!r}: give a whole number, {least} or more")
         if not self.tool_timeout_s > 0:
             raise ConfigError(f"tool_timeout_s={self.tool_timeout_s!r}: give seconds, more than 0")
@@ -178,42 +165,20 @@ class TextEnvironment:
         return limits, temperature
 
     def _score(self, histories: list[TextHistory], reward_kwargs: dict[str, Any]) -> None:
-        if "histories" in inspect.signature(self.reward_fn).parameters and "histories" not in reward_kwargs:
+        if "histories" not in reward_kwargs and "histories" in parameter_names(self.reward_fn):
             reward_kwargs = {**reward_kwargs, "histories": histories}
-        rewards = list(self.reward_fn([history.trajectory.final_text for history in histories], **reward_kwargs))
-        if len(rewards) != len(histories):
-            raise ConfigError(
-                f"reward_fn returned {len(rewards)} rewards for {len(histories)} responses; return one for each, in their order"
-            )
-        for history, reward in zip(histories, rewards, strict=True):
-            history.reward = torch.as_tensor(reward, dtype=torch.float32).detach().reshape(())
-            history.trajectory.reward = float(history.reward)
+        returned = self.reward_fn([history.trajectory.final_text for history in histories], **reward_kwargs)
+        for history, reward in zip(histories, read_rewards(returned, len(histories)), strict=True):
+            history.reward = reward
+            history.trajectory.reward = float(reward)
 
     def close(self) -> None:
         """Ends what the tools hold. Optional: what is left ends with the process."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         _wait_for(self._runner, self._tools.close())
         self._runner.close()
-
-
-def read_generation_kwargs(kwargs: Mapping[str, Any]) -> tuple[float, int, list[int]]:
-    """(temperature, 0 for greedy; max_new_tokens; more ids that end a turn). Raises ConfigError for what is not supported."""
-    for name, value in kwargs.items():
-        if name in NEUTRAL and value not in NEUTRAL[name]:
-            remedy = f"set it to {NEUTRAL[name][0]} or leave it out"
-            raise ConfigError(
-                f"generation_kwargs[{name!r}]={value!r} changes the distribution, and importance ratios would be wrong; {remedy}"
-            )
-        if name not in (*NEUTRAL, *READ, *OF_NO_EFFECT):
-            raise ConfigError(f"generation_kwargs has {name!r}, which is not supported; supported: {', '.join(READ)}")
-    temperature = kwargs.get("temperature")
-    if not kwargs.get("do_sample", temperature is not None):
-        temperature = 0.0
-    elif not 0 < (temperature := 1.0 if temperature is None else temperature) < math.inf:
-        raise ConfigError(f"generation_kwargs['temperature']={temperature!r}: give a number above 0, or do_sample=False")
-    max_new_tokens = kwargs.get("max_new_tokens", MAX_NEW_TOKENS)
-    if not (isinstance(max_new_tokens, int) and max_new_tokens >= 1):
-        raise ConfigError(f"generation_kwargs['max_new_tokens']={max_new_tokens!r}: give a whole number, 1 or more")
-    return float(temperature), max_new_tokens, [i for i in _as_list(kwargs.get("eos_token_id")) if i >= 0]  # TRL's scripts say -1 for none
 
 
 class _Codec(HFCodec):
@@ -222,10 +187,6 @@ class _Codec(HFCodec):
 
     def encode_prompt(self, text: str) -> list[int]:
         return self._prefix + self._encoders[False](text.encode("utf-8", "replace").decode("utf-8"))
-
-
-def _as_list(eos_token_id: int | list[int] | None) -> list[int]:
-    return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
 
 
 def _wait_for(runner: asyncio.Runner, coroutine: Coroutine[Any, Any, Any]) -> Any:

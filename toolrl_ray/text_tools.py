@@ -147,6 +147,8 @@ def _make(name: str, thing: Any) -> Tool | AsyncTool:
 
 
 def _named(tools: Mapping[str, Any] | Iterable[Any]) -> dict[str, Any]:
+    if isinstance(tools, str) or not isinstance(tools, Iterable):
+        raise ConfigError(f"tools={' '.join(repr(tools).split())}; give a list of tools, or a dict of names and tools")
     pairs = list(tools.items()) if isinstance(tools, Mapping) else [(_own_name(tool), tool) for tool in tools]
     names = [name for name, _ in pairs]
     for name in names:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import inspect
 import threading
 
+import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from tests.unit.text_parts import PROMPT, call, environment, no_reward, tiny_lm, tokenizer
 from toolrl_ray.errors import ConfigError
@@ -300,9 +303,32 @@ def test_what_trls_scripts_give_to_generate_is_understood():
 
 
 @pytest.mark.parametrize(
+    "given",
+    [
+        {"num_return_sequences": 1, "length_penalty": 1.0, "early_stopping": False, "num_beams": 1},
+        {"stopping_criteria": None, "penalty_alpha": None, "do_sample": None, "max_new_tokens": None, "eos_token_id": None},
+        {"do_sample": False, "top_k": 50, "top_p": 0.9, "temperature": 0.7},  # greedy, so nothing is cut
+        {"max_new_tokens": np.int64(5), "eos_token_id": np.int64(2), "top_k": np.int64(0)},
+        {"eos_token_id": np.array([2, -1]), "do_sample": True, "temperature": np.float32(1)},
+    ],
+)
+def test_settings_that_leave_the_distribution_as_it_is_are_taken_whatever_they_are_made_of(given):
+    env = environment({"a": [SUBMIT]}, generation_kwargs=given)
+    assert text_of(env, env.run(["a"])[1][0]).startswith("ok")
+
+
+@pytest.mark.parametrize(
     "options, said",
     [
         ({"generation_kwargs": {"stopping_criteria": []}}, "generation_kwargs has 'stopping_criteria'"),
+        ({"generation_kwargs": {"repetition_penalty": torch.tensor([1.0, 1.0])}}, "generation_kwargs['repetition_penalty']=tensor"),
+        ({"generation_kwargs": {"num_return_sequences": 2}}, "generation_kwargs['num_return_sequences']=2"),
+        ({"generation_kwargs": {"temperature": "1"}}, "generation_kwargs['temperature']='1'"),
+        ({"generation_kwargs": {"eos_token_id": "no"}}, "generation_kwargs['eos_token_id']='no'"),
+        ({"generation_kwargs": GenerationConfig(do_sample=True)}, "generation_kwargs is a GenerationConfig; give a dict"),
+        ({"tools": "SimpleCalculatorTool"}, "tools='SimpleCalculatorTool'; give a list of tools, or a dict of names and tools"),
+        ({"tools": None}, "tools=None; give a list"),
+        ({"tools": double}, "tools=<function double"),
         ({"generation_kwargs": {"do_sample": True, "temperature": 0}}, "temperature"),
         ({"generation_kwargs": {"max_new_tokens": 0}}, "max_new_tokens"),
         ({"max_turns": 0}, "max_turns=0"),
@@ -318,9 +344,66 @@ def test_settings_that_make_no_sense_are_refused_in_one_line(options, said):
     assert said in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_one_text_in_place_of_a_list_is_refused():
+def test_one_text_or_nothing_in_place_of_a_list_is_refused():
+    env = environment({"a": [SUBMIT]})
     with pytest.raises(ConfigError, match="give a list"):
-        environment({"a": [SUBMIT]}).run("a")
+        env.run("a")
+    with pytest.raises(ConfigError, match="give a list"):
+        env.run(answers=["a"])
+
+
+def test_the_tasks_may_be_named_queries_as_in_trl_and_a_reward_function_may_use_either_name():
+    env = environment({"a": [SUBMIT]})
+    assert text_of(env, env.run(queries=["a"])[1][0]) == SUBMIT
+    env = environment({"a": [SUBMIT]}, reward_fn=lambda responses, tasks, queries: [tasks + queries])
+    assert float(env.run(["a"], tasks=1, queries=2)[3][0]) == 3
+
+
+@pytest.mark.parametrize(
+    "returned, said",
+    [
+        (None, "reward_fn returned None; return one number for each of the 2 responses"),
+        (1.0, "reward_fn returned 1.0; return one number"),
+        (torch.tensor(1.0), "reward_fn returned tensor(1.); return one number"),
+        (torch.zeros(2, 2), "reward_fn returned tensor([0., 0.]) for task 0; return one number"),
+        ([1, None], "reward_fn returned None for task 1; return one number"),
+        ({"a": 1, "b": 0}, "reward_fn returned 'a' for task 0; return one number"),
+        ([0, float("nan")], "reward_fn returned nan for task 1; return a finite number"),
+        ([torch.tensor(float("inf")), 0], "reward_fn returned tensor(inf) for task 0; return a finite number"),
+    ],
+)
+def test_rewards_that_are_none_are_refused_in_one_line(returned, said):
+    with pytest.raises(ConfigError) as refused:
+        environment({"a": [SUBMIT], "b": [SUBMIT]}, reward_fn=lambda responses: returned).run(["a", "b"])
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("returned", [[True, 0], np.array([1, 0]), torch.tensor([[1.0], [0.0]]), iter((1, 0))])
+def test_rewards_may_be_any_numbers_in_their_order(returned):
+    *_, rewards, _ = environment({"a": [SUBMIT], "b": [SUBMIT]}, reward_fn=lambda responses: returned).run(["a", "b"])
+    assert [float(reward) for reward in rewards] == [1.0, 0.0]
+
+
+def test_an_error_of_the_reward_function_stays_its_own():
+    def rewards(responses):
+        yield 1 // 0
+
+    with pytest.raises(ZeroDivisionError):
+        environment({"a": [SUBMIT]}, reward_fn=rewards).run(["a"])
+
+
+def test_a_reward_function_that_tells_nothing_of_its_parameters_is_called_without_histories():
+    count = functools.partial(map, len)
+    with pytest.raises(ValueError, match="no signature found"):
+        inspect.signature(count)
+    *_, [reward], _ = environment({"a": [SUBMIT]}, reward_fn=count).run(["a"])
+    assert float(reward) == len(SUBMIT)
+
+
+def test_an_environment_may_be_closed_twice():
+    env = environment({"a": [SUBMIT]})
+    env.close()
+    env.close()
 
 
 def test_a_model_inside_a_wrapper_is_found_and_what_is_no_causal_lm_is_refused():
