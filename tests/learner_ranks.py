@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from learner_synthetic import random_trajectories, run_config
 
+from toolrl_ray.errors import LearnerError
 from toolrl_ray.learner.update import Learner
 
 # name: (model, ZeRO stages, rows of each of three updates, configuration). 13 and 7 rows do not divide evenly; of 4 and more
@@ -88,6 +89,29 @@ def bfloat16_gradients(model: str, address: str) -> dict[tuple[int, int], torch.
     """{(ZeRO stage, tokens of a microbatch): `gradient`}, of one rank."""
     cases = ((2, 8192), (2, 1), (3, 1))
     return {case: gradient(Learner(bfloat16_config(case[1], case[0]), model, 0, 1, address)) for case in cases}
+
+
+DIVERGED_STAGES = (0, 2, 3)
+
+
+def diverged_main(rank: int, world_size: int, address: str, model: str, out: str) -> None:
+    """An update in which the last rank alone has a gradient that is not finite. Every rank leaves {ZeRO stage: (the error or the metrics,
+    whether all weights are as before)} in `out`."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    results = {}
+    for stage in DIVERGED_STAGES:
+        learner = Learner(bfloat16_config(60, stage, "float32"), model, rank, world_size, address)
+        before = {key: tensor.clone() for key, tensor in learner.named_weights()}
+        if rank == world_size - 1:
+            learner.engine.module.lm.model.norm.weight.register_hook(lambda grad: torch.full_like(grad, torch.nan))
+        try:
+            outcome = learner.update(random_trajectories(8))
+        except LearnerError as error:
+            outcome = str(error)
+        results[stage] = outcome, all(torch.equal(tensor, before[key]) for key, tensor in learner.named_weights())
+    torch.save(results, f"{out}/diverged{rank}.pt")
+    torch.distributed.destroy_process_group()
 
 
 def gradient(learner: Learner) -> torch.Tensor:

@@ -135,6 +135,8 @@ class PPOTrainer:
         reference = copy.deepcopy(self._lm) if ref_model is None else causal_lm(ref_model)
         if reference is self._lm:
             raise ConfigError("ref_model is the model itself, which changes; give a copy of it, or leave ref_model out")
+        if any(p.dtype == torch.float16 for p in self._lm.parameters()):
+            raise ConfigError("the model has float16 weights, whose gradients overflow; give model.float(), or one in bfloat16")
         device = self._lm.device
         if device.type not in ("cpu", "cuda") or device.index:
             raise ConfigError(f"the model is on {device}; the trainer works on cpu or cuda:0, move the model there")

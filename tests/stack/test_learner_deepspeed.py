@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from learner_ranks import (
     CASES,
+    DIVERGED_STAGES,
     LORA_STAGES,
     RUNS,
     bfloat16_config,
     case_config,
+    diverged_main,
     free_address,
     gradient,
     lora_config,
@@ -164,3 +168,15 @@ def test_in_bfloat16_gradients_of_microbatches_add_up_in_float32(models, ranks):
     error = {case: float((got - want).norm() / want.norm()) for case, got in ranks[1][1][0]["bfloat16"].items()}
     assert 0.001 < error[2, 8192] < 0.05
     assert error[2, 1] < 1.1 * error[2, 8192] and error[3, 1] < 1.1 * error[2, 8192], error
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_moves_no_weight_of_any(models, tmp_path):
+    torch.multiprocessing.spawn(diverged_main, (2, free_address(), str(models / "untied"), str(tmp_path)), nprocs=2)
+    ranks = [torch.load(tmp_path / f"diverged{rank}.pt") for rank in range(2)]
+    for stage in DIVERGED_STAGES:
+        (first, kept), (second, also_kept) = (rank[stage] for rank in ranks)
+        assert kept and also_kept, stage
+        if stage == 0:
+            assert first == second == "the gradient norm is nan at optimiser step 0: training has diverged"
+        else:
+            assert first["ppo/grad_norm"] == second["ppo/grad_norm"] == math.inf

@@ -57,6 +57,12 @@ def distance(a, b) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
+def test_a_float16_model_is_refused_in_one_line():
+    with pytest.raises(ConfigError, match=r"model has float16 weights, .* give model\.float\(\)") as refused:
+        trainer(tiny_lm(tokenizer()).half())
+    assert "\n" not in str(refused.value)
+
+
 def test_a_step_trains_the_model_in_place_and_returns_the_familiar_statistics():
     x = trainer()
     before = weights(x.model)

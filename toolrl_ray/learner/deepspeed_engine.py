@@ -7,6 +7,7 @@ boundary is set by hand), and it averages gradients over ranks (the loss is a su
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,7 @@ from toolrl_ray.learner.engine import (
     WEIGHT,
     Forward,
     adam_state,
+    diverged,
     get_adam_step,
     learner_device,
     make_optimizer,
@@ -96,11 +98,13 @@ class DeepSpeedEngine:
         self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
     def step(self) -> float:
+        norm = None
+        if self.config.zero_stage == 0:  # in float32 it clips without telling the norm, and steps by any; it is that of every rank
+            norm = float(nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None]))
+            if not math.isfinite(norm):
+                raise diverged(norm, self.num_steps)
         self.lr = set_lr(self.engine.optimizer, self.config, self.num_steps)
         self.num_steps += 1
-        norm = None
-        if self.config.zero_stage == 0:  # in float32 it clips without telling the norm
-            norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
         self.engine.step()
         told = self.engine.get_global_grad_norm()
         return float(norm if told is None else told)

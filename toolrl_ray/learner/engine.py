@@ -6,6 +6,7 @@ the whole minibatch, over all ranks and microbatches, so an engine adds gradient
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from toolrl_ray.config import LearnerConfig
-from toolrl_ray.errors import PlacementError
+from toolrl_ray.errors import LearnerError, PlacementError
 from toolrl_ray.learner.lora import adapter_tensors, merged
 from toolrl_ray.learner.model import PolicyWithValue
 
@@ -35,7 +36,8 @@ class Engine(Protocol):
         """Adds one microbatch's gradients; `is_last` marks the last microbatch before `step`."""
 
     def step(self) -> float:
-        """Clips, updates, clears the gradients. Returns the global gradient norm before clipping."""
+        """Clips, updates, clears the gradients. Returns the global gradient norm before clipping. Takes no step where that is not finite:
+        raises LearnerError, or (DeepSpeed from ZeRO 1 on) drops the gradients and returns inf."""
 
     def frozen(self, module: PolicyWithValue) -> Forward:
         """A forward of a model that is never trained (the reference), placed as this engine places models."""
@@ -92,6 +94,11 @@ def set_lr(optimizer: Any, config: LearnerConfig, step: int) -> float:
     for group, ratio in zip(optimizer.param_groups, (1.0, (config.critic_lr or config.lr) / config.lr), strict=False):
         group["lr"] = lr * ratio
     return lr
+
+
+def diverged(norm: float, step: int) -> LearnerError:
+    """For optimiser step 0, 1, ..., which would make every weight NaN."""
+    return LearnerError(f"the gradient norm is {norm} at optimiser step {step}: training has diverged")
 
 
 def trained_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -172,12 +179,15 @@ class TorchEngine:
         loss.backward()
 
     def step(self) -> float:
+        norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), self.config.max_grad_norm))
+        if not math.isfinite(norm):
+            self.optimizer.zero_grad()
+            raise diverged(norm, self.num_steps)
         self.lr = set_lr(self.optimizer, self.config, self.num_steps)
         self.num_steps += 1
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(norm)
+        return norm
 
     def frozen(self, module: PolicyWithValue) -> Forward:
         module = module.requires_grad_(False).to(self.device)

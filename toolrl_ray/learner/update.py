@@ -104,7 +104,7 @@ class Learner:
 
         ppo/policy_loss to ppo/vf_clipfrac are means over the tokens of the minibatches that were applied; ppo/approx_kl_last is
         that of the last minibatch looked at, the one that stopped the update included.
-        Raises LearnerError for an empty or impossible batch, and when the policy's logprobs are not finite.
+        Raises LearnerError for an empty or impossible batch, and when the policy's logprobs or a gradient are not finite.
         """
         start = time.perf_counter()
         batch = make_batch(trajectories, self.num_updates, self.engine.device)

@@ -138,6 +138,19 @@ def test_diverged_weights_are_named_before_they_are_trained_on(folder):
         x.update(random_trajectories(3))
 
 
+@pytest.mark.parametrize("max_grad_norm", [1.0, math.inf])
+@pytest.mark.parametrize("gradient", [math.nan, math.inf])
+def test_no_step_is_taken_by_a_gradient_that_is_not_finite(folder, gradient, max_grad_norm):
+    x = learner(folder, learner={"max_grad_norm": max_grad_norm})
+    hook = x.engine.module.lm.model.norm.weight.register_hook(lambda grad: torch.full_like(grad, gradient))
+    before = weights(x)
+    with pytest.raises(LearnerError, match=f"the gradient norm is {gradient} at optimiser step 0: training has diverged"):
+        x.update(random_trajectories(4))
+    assert distance(before, weights(x)) == 0
+    hook.remove()
+    assert x.update(random_trajectories(4))["ppo/grad_norm"] < math.inf  # nothing of it is left over
+
+
 @pytest.mark.parametrize("budget", [1, 100000])  # several microbatches look first; a single one looks at its own forward
 def test_the_update_stops_before_the_step_that_would_break_target_kl(folder, budget):
     algo = {"num_minibatches": 3, "num_epochs": 2, "kl_coef": 0}
