@@ -1,7 +1,7 @@
 """The tools of a `TextEnvironment`: callables, objects, MCP tools and names of deployed ones, behind one `CallToolFn`.
 
-What takes one text is called with the text between the markers, as TRL calls it; what takes more gets a JSON object (see
-tools_service/adapters.py).
+What takes one text is called with the text between the markers, as TRL calls it; what takes more, or something else by its types, gets
+JSON (see tools_service/adapters.py).
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import types
+import typing
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 from uuid import uuid4
@@ -20,7 +23,7 @@ from toolrl_ray.episode import shown
 from toolrl_ray.errors import ConfigError, UserError
 from toolrl_ray.tools.http_client import HttpTools
 from toolrl_ray.tools.local import LocalTools
-from tools_service.adapters import MCP_PREFIX, adapt, load_tool, output_text
+from tools_service.adapters import MCP_PREFIX, CallableTool, adapt, awaited, load_tool, output_text
 from tools_service.loading import LoadingError
 from tools_service.protocol import AsyncTool, Tool, ToolCall, ToolError, ToolResult, ToolStatus
 from tools_service.runner import unknown_tool
@@ -108,10 +111,14 @@ class _TextTool:
 
     def __init__(self, name: str, function: Callable[[str], Any]):
         self.name, self._function = name, function
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
 
     def __call__(self, argument: str) -> str:
         try:
-            return output_text(self._function(argument))
+            return output_text(awaited(self._function(argument), self._loop))
         except ToolError:
             raise
         except Exception as error:
@@ -140,8 +147,8 @@ def _make(name: str, thing: Any) -> Tool | AsyncTool:
             return thing
         if _takes_text(thing):
             return (_AsyncTextTool if _is_async(thing) else _TextTool)(name, thing)
-        tool = adapt(name, getattr(thing, "__qualname__", type(thing).__name__), thing, {})
-        return tool if hasattr(tool, "call") else _TextTool(name, tool)
+        tool = adapt(name, getattr(thing, "__qualname__", type(thing).__name__), _typed(thing), {})
+        return _TextTool(name, tool.apply) if type(tool) is CallableTool else tool
     except LoadingError as error:
         raise ConfigError(str(error)) from None
 
@@ -180,14 +187,27 @@ def _is_async(thing: Any) -> bool:
     return inspect.iscoroutinefunction(thing) or inspect.iscoroutinefunction(getattr(thing, "__call__", None))  # noqa: B004
 
 
+def _typed(thing: Any) -> Any:
+    """What tells its parameters: of an object, unless it says by `inputs` what it takes, the method that it is called by."""
+    method = getattr(thing, "__call__", None)  # noqa: B004
+    return method if inspect.ismethod(method) and not isinstance(getattr(thing, "inputs", None), Mapping) else thing
+
+
 def _takes_text(thing: Any) -> bool:
-    """Whether it can be called with one text; a transformers tool says by its inputs what it takes."""
+    """Whether it is called with the text as it is: one text is enough for it, and it has no type for that, or one that text is of. A
+    transformers tool says by its inputs what it takes."""
     if isinstance(inputs := getattr(thing, "inputs", None), Mapping):
-        return callable(thing) and len(inputs) == 1
+        kinds = [given.get("type") if isinstance(given, Mapping) else None for given in inputs.values()]
+        return callable(thing) and kinds == ["string"]
     try:
-        inspect.signature(thing).bind("")
+        signature = inspect.signature(thing)
+        [name, *_] = signature.bind("").arguments
     except ValueError:  # a builtin that tells nothing of its parameters
         return True
     except TypeError:
         return False
-    return True
+    with suppress(Exception):  # types as text, of which one may not be known
+        signature = inspect.signature(thing, eval_str=True)
+    kind = signature.parameters[name].annotation
+    is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    return any(one in (inspect.Parameter.empty, str, "str", object, Any) for one in (typing.get_args(kind) if is_union else [kind]))

@@ -2,11 +2,12 @@
 server, and turns a call's JSON arguments into its one text and back.
 
 The convention: a tool whose only parameter is a required string gets that string as it is. Every other tool gets the text of a JSON
-object.
+object; where it has one parameter alone, that one's JSON value will do.
 """
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
 import typing
@@ -58,7 +59,8 @@ def argument_text(parameters: Mapping[str, Any], arguments: Mapping[str, Any]) -
 
 
 def arguments_of(parameters: Mapping[str, Any], text: str) -> dict[str, Any]:
-    """The inverse of argument_text, unchecked. Blank text stands for no arguments. Raises ToolError(BAD_ARGUMENTS)."""
+    """The inverse of argument_text, unchecked. Blank text stands for no arguments, and a JSON value that is no object for the only
+    parameter's. Raises ToolError(BAD_ARGUMENTS)."""
     if (name := text_parameter(parameters)) is not None:
         return {name: text}
     try:
@@ -66,9 +68,11 @@ def arguments_of(parameters: Mapping[str, Any], text: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         names = ", ".join(parameters.get("properties") or {})
         raise _bad(f"the call is not a JSON object with {names or 'no keys'} ({type(error).__name__}: {error})") from None
-    if not isinstance(arguments, dict):
+    if isinstance(arguments, dict):
+        return arguments
+    if len(names := list(parameters.get("properties") or ())) != 1:
         raise _bad(f"the call is a JSON {type(arguments).__name__}, not an object")
-    return arguments
+    return {names[0]: arguments}
 
 
 def check_arguments(parameters: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
@@ -116,7 +120,7 @@ def adapt(name: str, spec: str, thing: Any, options: Mapping[str, Any]) -> Tool 
     """The same of a Thing that is at hand. spec: what the messages call it."""
     if not inspect.isclass(thing) and options:
         raise LoadingError(f"tool {name}={spec!r} takes no options (only a class does), but has {', '.join(options)}")
-    if inspect.isfunction(thing):
+    if inspect.isfunction(thing) or inspect.ismethod(thing):
         return _function_tool(name, spec, thing)
     tool = _made(name, spec, thing, options) if inspect.isclass(thing) else thing
     if isinstance(getattr(tool, "inputs", None), Mapping):
@@ -137,6 +141,10 @@ class CallableTool:
         self.name, self.description, self.parameters = name, description, parameters
         self.idempotent = False
         self._function, self._check = function, check
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
 
     def arguments(self, text: str) -> dict[str, Any]:
         from pydantic import ValidationError
@@ -147,8 +155,12 @@ class CallableTool:
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
             raise _bad(f"argument {'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from None
 
+    def apply(self, argument: str) -> Any:
+        """What the function returns."""
+        return self._function(**self.arguments(argument))
+
     def __call__(self, argument: str) -> str:
-        return output_text(self._function(**self.arguments(argument)))
+        return output_text(awaited(self.apply(argument), self._loop))
 
 
 class AsyncCallableTool(CallableTool):
@@ -158,11 +170,26 @@ class AsyncCallableTool(CallableTool):
         return ToolResult(ToolStatus.OK, output_text(await self._function(**self.arguments(call.argument))))
 
 
-def output_text(output: Any) -> str:
-    """Text as it is, JSON for what JSON spells otherwise than python, str() for the rest."""
-    if isinstance(output, str):
+def awaited(output: Any, loop: asyncio.AbstractEventLoop | None) -> Any:
+    """In a tool's thread: the output of a function, awaited on `loop` where a plain function returned what has to be (a lambda around an
+    `async def`, a decorated one). All calls share the loop, as what they hold between them, a client or a lock, is of one loop."""
+    if not inspect.isawaitable(output):
         return output
-    return json.dumps(output, ensure_ascii=False, default=str) if isinstance(output, dict | list | tuple | bool | None) else str(output)
+
+    async def wait() -> Any:
+        return await output
+
+    return asyncio.run(wait()) if loop is None else asyncio.run_coroutine_threadsafe(wait(), loop).result()
+
+
+def output_text(output: Any) -> str:
+    """Text as it is, JSON for what JSON spells otherwise than python, str() for the rest, and for what JSON cannot say."""
+    if isinstance(output, dict | list | tuple | bool | None):
+        try:
+            return json.dumps(output, ensure_ascii=False, default=str)
+        except (TypeError, ValueError):  # keys that are no text, a list that holds itself
+            return str(output)
+    return str(output)
 
 
 def _function_tool(name: str, spec: str, function: Callable[..., Any]) -> CallableTool:

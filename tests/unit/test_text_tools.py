@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import shlex
 import sys
 import time
@@ -41,6 +42,46 @@ def multiply(a: int, b: int) -> int:
     return a * b
 
 
+def square(n: int) -> int:
+    """Squares."""
+    return n * n
+
+
+async def plus(a: int, b: int) -> int:
+    """Adds, in time."""
+    await asyncio.sleep(0)
+    return a + b
+
+
+def decorated(function):
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+class Squares:
+    def square(self, n: int) -> int:
+        """Squares."""
+        return n * n
+
+    def __call__(self, n: int) -> int:
+        """Squares."""
+        return n * n
+
+
+class Texts:
+    def given(self, text: str, times: int = 1) -> str:
+        return text + "!" * times
+
+    def either(self, text: str | None) -> str:
+        return f"{text}!"
+
+    def unread(self, text: str) -> Nowhere:  # noqa: F821
+        return text + "!"
+
+
 class Searcher:
     """In the manner of transformers' tools."""
 
@@ -56,6 +97,13 @@ class Ranger(Searcher):
 
     def __call__(self, *, low, high):
         return list(range(low, high))
+
+
+class Doubler(Searcher):
+    inputs = {"n": {"type": "integer"}}
+
+    def __call__(self, n):
+        return n * 2
 
 
 def shown(tools, *calls: tuple[str, str], **options) -> list[tuple[str, ToolStatus]]:
@@ -100,9 +148,44 @@ def test_what_takes_several_arguments_gets_a_json_object():
     assert texts[1].startswith("Unknown tool call: argument ")
 
 
-def test_one_that_can_do_with_one_argument_gets_the_text_as_in_trl():
-    [(text, status)] = shown([add], ("add", "3"))
-    assert status is ERROR and text.startswith("Tool error: can only concatenate str")  # its own words
+def test_one_argument_that_is_no_text_is_converted_and_needs_no_object():
+    calls = ("add", '{"a": 3}'), ("square", "5"), ("square", '{"n": 5}'), ("Doubler", "5"), ("Doubler", '{"n": 5}')
+    assert [text for text, _ in shown([add, square, Doubler()], *calls)] == ["4", "25", "25", "10", "10"]
+    (five, status), (one_of_two, _) = shown([square, add], ("square", "five"), ("add", "3"))
+    assert status is ToolStatus.BAD_ARGUMENTS and "not a JSON object with n" in five
+    assert one_of_two == "Unknown tool call: the call is a JSON int, not an object"
+
+
+def test_a_method_or_an_object_says_by_its_types_what_it_takes_as_a_function_does():
+    tools = {"square": Squares().square, "object": Squares(), "text": Texts().given, "either": Texts().either, "unread": Texts().unread}
+    assert shown(tools, *((name, "5") for name in tools)) == [("25", OK), ("25", OK), ("5!", OK), ("5!", OK), ("5!", OK)]
+
+
+@pytest.mark.parametrize("wrapped", [lambda text: shout(text), decorated(shout), decorated(decorated(shout)), functools.partial(shout)])
+def test_what_a_tool_returns_to_be_awaited_is_awaited(wrapped):
+    assert shown({"shout": wrapped}, ("shout", "abc")) == [("ABC", OK)]
+
+
+def test_what_is_awaited_runs_on_one_loop_and_costs_its_own_episode_at_most():
+    lock = asyncio.Lock()  # of one loop, once it was waited for
+
+    async def turn(text):
+        if text == "stall":
+            await asyncio.Event().wait()
+        if text == "fail":
+            raise ValueError("no luck")
+        async with lock:
+            await asyncio.sleep(0.01)
+        return text
+
+    calls = [("turn", text) for text in ("a", "b", "stall", "fail")]
+    found = shown({"turn": lambda text: turn(text)}, *calls, tool_timeout_s=0.5)
+    assert found[:2] == [("a", OK), ("b", OK)]
+    assert [status for _, status in found[2:]] == [ToolStatus.TIMEOUT, ERROR] and found[3][0] == "Tool error: no luck"
+
+
+def test_an_async_function_of_several_arguments_may_be_decorated():
+    assert shown({"plus": decorated(plus)}, ("plus", '{"a": 6, "b": 7}')) == [("13", OK)]
 
 
 def test_an_error_of_an_async_tool_is_told_in_its_own_words():

@@ -22,6 +22,7 @@ MODULE = '''
 from __future__ import annotations
 
 import asyncio
+import functools
 from dataclasses import dataclass
 from typing import Annotated, Literal, Optional
 
@@ -61,7 +62,9 @@ def nothing() -> str:
 
 def value(text: str):
     """Returns what JSON has a word for, and what it has none for."""
-    return {"list": [1, None], "true": True, "none": None, "number": 2.5, "set": {1}}[text]
+    loop = []
+    loop.append(loop)
+    return {"list": [1, None], "true": True, "none": None, "number": 2.5, "set": {1}, "keys": {(1, 2): 3}, "loop": loop}[text]
 
 def fails(text: str) -> str:
     """Fails as told."""
@@ -108,6 +111,28 @@ def strange(text: str, thing: STATE.__class__.__class__) -> str:
 def unknown_type(thing: Nowhere) -> str:
     """Takes what is not there."""
     return ""
+
+def square(n: int) -> int:
+    """Squares."""
+    return n * n
+
+def total(numbers: list[int]) -> int:
+    """Adds up."""
+    return sum(numbers)
+
+def decorated(function):
+    @functools.wraps(function)
+    def wrapper(**arguments):
+        return function(**arguments)
+    return wrapper
+
+@decorated
+async def patient(text: str) -> dict:
+    """Waits a little."""
+    await asyncio.sleep(0)
+    if text == "stall":
+        await asyncio.Event().wait()
+    return {"waited": text}
 
 class Counter:
     """From 1."""
@@ -179,7 +204,12 @@ def own(tmp_path_factory):
 
 
 def run(tool, argument: str, deadline_s: float = 10.0):
-    [result] = asyncio.run(Executor(tool, 4).run([ToolCall(tool.name, argument, deadline_s)]))
+    async def once():
+        executor = Executor(tool, 4)
+        await executor.start()
+        return await executor.run([ToolCall(tool.name, argument, deadline_s)])
+
+    [result] = asyncio.run(once())
     assert result is not None
     return result.status, result.text
 
@@ -236,6 +266,15 @@ def test_types_become_a_schema_with_their_bounds_and_choices(own):
         ("value", "none", OK, "null"),
         ("value", "number", OK, "2.5"),
         ("value", "set", OK, "{1}"),
+        ("value", "keys", OK, "{(1, 2): 3}"),  # what JSON cannot say
+        ("value", "loop", OK, "[[...]]"),
+        ("square", '{"n": 5}', OK, "25"),
+        ("square", " 5", OK, "25"),  # the only parameter: its value alone will do
+        ("square", "five", BAD_ARGUMENTS, "the call is not a JSON object with n"),
+        ("square", "[5]", BAD_ARGUMENTS, "argument n: Input should be a valid integer"),
+        ("total", "[1, 2]", OK, "3"),
+        ("optional", '"y"', OK, "y"),
+        ("patient", "a", OK, '{"waited": "a"}'),
         ("fails", "own", TOOL_ERROR, "no such thing"),
         ("fails", "exit", TOOL_ERROR, "the tool failed with SystemExit"),
         ("fails", "", TOOL_ERROR, "the tool failed with KeyError"),
@@ -255,6 +294,10 @@ def test_an_async_function_is_cancelled_at_the_deadline_of_its_call(own):
     state = tool._function.__globals__["STATE"]
     assert run(tool, "stall", 0.2)[0] is TIMEOUT
     assert state == ["cancelled"]
+
+
+def test_what_a_function_returns_to_be_awaited_costs_its_own_call_the_deadline(own):
+    assert run(own("patient"), "stall", 0.2)[0] is TIMEOUT
 
 
 def test_a_function_states_the_rest_in_its_attributes(own):
