@@ -67,6 +67,10 @@ class CallFormat(Protocol):
         """token_ids: those sampled, of which `text` is the text."""
         ...
 
+    def shown(self, text: str) -> str:
+        """What the policy is shown of a call's text, before that is cut."""
+        ...
+
     def observation(self, codec: Any, shown: Sequence[Shown]) -> list[int]:
         """The tokens after a turn whose calls, in order, had these results, up to where the next turn begins."""
         ...
@@ -96,6 +100,9 @@ class TextMarkers:
 
     def prompt(self, codec: Codec, text: str) -> tuple[list[int], str]:
         return codec.encode_prompt(text), text
+
+    def shown(self, text: str) -> str:
+        return text
 
     def observation(self, codec: Codec, shown: Sequence[Shown]) -> list[int]:
         return [token for one in shown for token in (*one.token_ids, *codec.encode_markup(self.observation_end))]

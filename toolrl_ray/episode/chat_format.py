@@ -57,7 +57,7 @@ class HermesFormat:
         return self.template.stop
 
     def prompt(self, codec: HFCodec, text: str) -> tuple[list[int], str]:
-        token_ids = codec.encode_filled([self.template.opening, self.template.closing], [text])
+        token_ids = codec.encode_filled([self.template.opening, self.template.closing], [self.template.edit_task(text)])
         return token_ids, codec.decode(token_ids)
 
     def parse(self, text: str, token_ids: Sequence[int]) -> ParsedTurn:
@@ -66,6 +66,9 @@ class HermesFormat:
         said = text.removesuffix(self.template.end)
         calls = tuple(self._calls(said))
         return ParsedTurn(TurnKind.CALL if calls else TurnKind.SUBMIT, len(said), calls)
+
+    def shown(self, text: str) -> str:
+        return self.template.edit_result(text)
 
     def observation(self, codec: HFCodec, shown: Sequence[Shown]) -> list[int]:
         """All but the end-of-turn token, which was sampled, of what the template writes from there to the next turn."""

@@ -190,7 +190,7 @@ class _Episode:
         """Record the calls and append what the policy is shown, or end the episode where that does not fit."""
         shown: list[Shown] = []
         for call, result in results:
-            text = show(self.shown[result.status], call.tool, result.text)
+            text = self.call_format.shown(show(self.shown[result.status], call.tool, result.text))
             shown.append(Shown(text, *self._cut(self.codec.encode(text))))
             truncated = result.truncated or shown[-1].was_cut
             self.tool_calls.append(

@@ -37,6 +37,9 @@ SEPARATE = (
     "{% for message in messages %}" + ASSISTANT + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+# As newer ones have it.
+TRIMMING = CHATML.replace("message.content }}", "message.content | trim }}")
+
 INFOS = {
     info.name: info
     for info in (

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.unit.episode.chatml import CHATML, NAMES, SEPARATE, SPECIAL, TOOLS, call, chat_codec, chat_format
+from tests.unit.episode.chatml import CHATML, NAMES, SEPARATE, SPECIAL, TOOLS, TRIMMING, call, chat_codec, chat_format
 from tests.unit.episode.invariants import check_invariants
 from tests.unit.episode.script import LIMITS, FakeTool, Script, play, said
 from toolrl_ray.types import Completion, SegmentKind, StopReason, Trajectory
@@ -20,6 +20,7 @@ PROMPT = "What is 13.1-3?"
 CALL = call("Echo", '{"argument": "13.1-3"}')
 TWO = call("Echo", '{"argument": "one"}') + "\n" + call("Add", '{"a": 2}')
 ROOMY = replace(LIMITS, max_context_tokens=20_000, max_observation_tokens=500, max_turn_tokens=2000)
+LITTLE = replace(ROOMY, max_observation_tokens=10)
 # Text as a task or a tool may write it, special tokens apart.
 TEXTS = st.lists(st.one_of(st.sampled_from(["\n", "\n\n", " ", "</tool_response>", "12", "user", "é🙂"]), st.text(max_size=4)), max_size=8)
 
@@ -58,7 +59,7 @@ def rendered(name: str, template: str, system: str | None, *messages: tuple[str,
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("template", "system"), [(CHATML, None), (CHATML, "Be brief."), (SEPARATE, None)])
+@pytest.mark.parametrize(("template", "system"), [(CHATML, None), (CHATML, "Be brief."), (SEPARATE, None), (TRIMMING, None)])
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(texts=st.lists(TEXTS.map("".join), min_size=4, max_size=4))
 def test_the_tokens_are_those_of_the_rendered_conversation(name: str, template: str, system: str | None, texts: list[str]) -> None:
@@ -76,6 +77,31 @@ def test_the_tokens_are_those_of_the_rendered_conversation(name: str, template: 
         ("assistant", "It is 10.1."),
     )
     assert (trajectory.stop_reason, trajectory.final_text) == (StopReason.SUBMITTED, "It is 10.1.")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_whitespace_that_a_template_takes_away_is_not_there_either(name: str) -> None:
+    trajectory = episode(name, CALL, "It is 10.1.", tool=Tools("\n 10.1\n"), prompt=f" {PROMPT}\n\n", template=TRIMMING)
+    conversation = ("user", f" {PROMPT}\n\n"), ("assistant", CALL), ("tool", "\n 10.1\n"), ("assistant", "It is 10.1.")
+    assert trajectory.token_ids == rendered(name, TRIMMING, None, *conversation)
+    assert trajectory.tool_calls[0].text == "\n 10.1\n"
+
+
+def test_a_result_is_cut_after_the_template_has_trimmed_it() -> None:
+    codec = chat_codec("made")
+    trajectory = episode("made", TWO, "Done.", tool=Tools(" \n" * 40 + "7 " * 40, "\n" * 40 + "8"), limits=LITTLE, template=TRIMMING)
+    [shown] = observations(trajectory)
+    first, second = (part.partition("\n</tool_response>")[0] for part in shown.split("<tool_response>\n")[1:])
+    assert len(codec.encode(first)) == 10 and first.startswith("7 7 ") and first.endswith("...")
+    assert second == "8"
+    assert [c.truncated for c in trajectory.tool_calls] == [True, False]
+
+
+@pytest.mark.parametrize("turn", ["\n\n" + CALL, CALL + "\n"])
+def test_a_turn_stays_as_it_was_sampled_also_where_the_template_would_trim_it(turn: str) -> None:
+    trajectory = episode("made", turn, "Done.", tool=Tools("10.1"), template=TRIMMING)
+    policy = next(s for s in trajectory.segments if s.kind is SegmentKind.POLICY)
+    assert policy.text == turn and trajectory.stop_reason is StopReason.SUBMITTED
 
 
 @pytest.mark.parametrize("name", NAMES)

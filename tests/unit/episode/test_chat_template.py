@@ -18,6 +18,7 @@ THOUGHTS_GONE = (
 )
 LAST_THOUGHT_KEPT = THOUGHTS_GONE.replace("'assistant' %}", "'assistant' and not loop.last %}")
 
+TRIM_ONE_ALONE = "message.content | trim if (messages | map(attribute='role') | list).count('tool') == 1 else message.content"
 MIDDLE = "{% if not loop.last and loop.previtem.role == loop.nextitem.role == 'tool' %}!{% endif %}"
 
 
@@ -38,6 +39,14 @@ def test_results_may_be_messages_of_their_own() -> None:
     template = chat_format("made", SEPARATE).template
     assert template.between == "<|im_end|>\n<|im_start|>tool\n"
     assert template.tail == "<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("trim", ["| trim", ".strip()", ".lstrip()", ".rstrip()"])
+def test_what_a_template_takes_away_around_a_text_is_read_off(trim: str) -> None:
+    template = chat_format("made", SEPARATE.replace("message.content", f"message.content{trim}")).template
+    edit = getattr(str, "strip" if trim == "| trim" else trim[1:-2])
+    assert template.edit_task is template.edit_result is edit
+    assert chat_format("made").template.edit_task is chat_format("made").template.edit_result is str
 
 
 def test_without_a_system_text_the_template_has_its_own() -> None:
@@ -64,6 +73,24 @@ def test_an_end_of_turn_at_which_the_engine_does_not_stop_is_a_stop_string() -> 
         ),
         (CHATML.replace("{{ message.content }}\n</tool", "</tool"), "does not show what a tool says once and as it is"),
         (CHATML.replace("<|im_start|>{{ message.role }}\n{{ message.content }}", "{{ message.role }}"), "does not show the user's message"),
+        (SEPARATE.replace("message.content", "message.content.lstrip('\n')"), "shows the user's message neither as it is nor without the"),
+        (SEPARATE.replace("message.content", "message.content.rstrip(' ')"), "shows the user's message neither as it is nor without the"),
+        (
+            CHATML.replace("{{ message.content }}\n</tool", "{{ message.content | trim | indent }}\n</tool"),
+            "does not show what a tool says once and as it is",
+        ),
+        (
+            CHATML.replace("{{ message.content }}\n</tool", "{{ message.content | replace(' \n', '') }}\n</tool"),
+            "shows what a tool says neither as it is nor without the whitespace around it",
+        ),
+        (
+            CHATML.replace("{{ message.content }}\n</tool", "{{ message.content if loop.last else message.content | trim }}\n</tool"),
+            "shows what several tools say neither as it is nor",
+        ),
+        (
+            CHATML.replace("{{ message.content }}\n</tool", "{{ " + TRIM_ONE_ALONE + " }}\n</tool"),
+            "trims the results of several calls otherwise than that of one",
+        ),
         (
             CHATML.replace("<|im_start|>user{% endif", "<|im_start|>user{{ loop.index }}{% endif"),
             "does not write the same after every turn",
