@@ -46,7 +46,10 @@ def add_adapters(lm: nn.Module, config: LoraConfig, seed: int) -> None:
             raise _unfit(config, " ".join(str(error).split())[:200]) from None
     uses = Counter(id(tensor) for tensor in lm.state_dict(keep_vars=True).values())
     for name, layer in adapted_layers(lm).items():
-        if uses[id(layer.get_base_layer().weight)] > 1:
+        base = layer.get_base_layer()
+        if not hasattr(base, "weight"):  # all experts of a layer in one block, which a merge would have to take apart
+            raise _unfit(config, f"{name} ({type(base).__name__}) holds several weights in one block; name modules such as q_proj, v_proj")
+        if uses[id(base.weight)] > 1:
             raise _unfit(config, f"{name} has its weight in common with another module, which a merge would change too; leave it out")
     wanted.base_model_name_or_path = lm.name_or_path
 

@@ -8,7 +8,7 @@ import gc
 import pytest
 import torch
 from learner_synthetic import VOCAB, random_trajectories, run_config, save_model
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from toolrl_ray.errors import UserError
 from toolrl_ray.in_process import InProcessWeights
@@ -242,3 +242,18 @@ def test_a_target_that_cannot_be_adapted_is_refused_in_one_line_that_names_it(ti
     message = str(caught.value)
     assert message.startswith(f"policy.lora.target_modules={target_modules!r}: ") and reason in message
     assert "\n" not in message and len(message) < 400
+
+
+def test_experts_in_one_block_cannot_be_adapted_and_other_modules_of_the_model_can(tmp_path):
+    Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=VOCAB, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2, max_position_embeddings=256,
+        )
+    ).save_pretrained(tmp_path)  # fmt: skip
+    with pytest.raises(UserError, match=r"model.layers.0.mlp.experts \(Qwen3MoeExperts\) .* q_proj, v_proj") as caught:
+        lora_learner(str(tmp_path))
+    message = str(caught.value)
+    assert message.startswith("policy.lora.target_modules='all-linear': ") and "\n" not in message
+    adapted = lora_learner(str(tmp_path), {"target_modules": ["q_proj", "v_proj"]}).engine.adapter_weights()
+    assert {name.partition(".lora_")[0].rpartition(".")[2] for name in adapted} == {"q_proj", "v_proj"}
