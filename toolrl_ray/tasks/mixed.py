@@ -16,6 +16,16 @@ if TYPE_CHECKING:
     from toolrl_ray.tasks.module import TaskModule
 
 
+class PartTask(Task):
+    """A task under the name of its part. own: as the part's module made it and sees it again; no field, so that it is in no record."""
+
+    own: Task
+
+    def __init__(self, part: str, own: Task):
+        super().__init__(f"{part}/{own.id}", own.prompt, own.answer, part, own.aliases)
+        object.__setattr__(self, "own", own)
+
+
 class Mixed:
     """The task module of a run with parts."""
 
@@ -37,7 +47,7 @@ class Mixed:
                         f"task.parts.{name} has {len(tasks)} tasks, and its share of task.{key}={getattr(config, key)} is {counts[key]}; "
                         f"lower task.{key} or task.parts.{name}.weight={part.weight:g}"
                     )
-            own = [[replace(task, id=f"{name}/{task.id}", source=name) for task in tasks] for tasks in loaded]
+            own = [[PartTask(name, task) for task in tasks] for tasks in loaded]
             train += own[0][: counts["num_train"]]
             heldout.append(own[1][: counts["num_heldout"]])
         return train, interleaved(heldout)
@@ -45,10 +55,16 @@ class Mixed:
     def render_prompt(self, task: Task, few_shot: int) -> str:
         """few_shot is the part's own."""
         part, module = self._parts[task.source]
-        return module.render_prompt(task, part.few_shot)
+        return module.render_prompt(_own(task), part.few_shot)
 
     def reward(self, trajectory: Trajectory) -> float:
-        return self._parts[trajectory.request.task.source][1].reward(trajectory)
+        request = trajectory.request
+        own = replace(trajectory, request=replace(request, task=_own(request.task)))
+        return self._parts[request.task.source][1].reward(own)
+
+
+def _own(task: Task) -> Task:
+    return task.own if isinstance(task, PartTask) else task  # one that was read from a record has lost it
 
 
 def interleaved(lists: list[list[Task]]) -> list[Task]:

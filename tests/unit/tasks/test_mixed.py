@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import pickle
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,38 @@ def test_prompt_and_reward_are_the_parts_own(colours: str) -> None:
     assert module.reward(finished(by_name["colours"], "red")) == 1.0
     assert module.reward(finished(by_name["sums"], "red")) == 0.0
     assert module.reward(finished(by_name["sums"], f"Result={by_name['sums'].answer}<submit>")) == 1.0
+
+
+OWN = """
+from toolrl_ray.types import Task
+
+SQUARES = {f"n{i}": str(i * i) for i in range(100)}
+
+def load_tasks(config):
+    tasks = [Task(id, id, "", "squares", aliases=("a",)) for id in SQUARES]
+    return tasks[: config.num_train], tasks[50 : 50 + config.num_heldout]
+
+def render_prompt(task, few_shot):
+    return f"{task.source}: {task.id}"
+
+def reward(trajectory):
+    assert trajectory.request.task.source == "squares"
+    return float(SQUARES[trajectory.request.task.id] in trajectory.final_text)
+"""
+
+
+def test_a_part_sees_its_tasks_as_its_module_made_them(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    config = TaskConfig(num_train=6, num_heldout=6, parts={"own": {"module": str(tmp_path / "own.py")}, "sums": {}})
+    task = next(task for task in load_tasks(config)[0] if task.source == "own")
+    assert (task.id, task.prompt, task.aliases) == ("own/n0", "n0", ("a",))
+    task = pickle.loads(pickle.dumps(task))  # as it gets to the process that runs its episode, whose module has loaded none
+    module = task_module(config)
+    assert module.render_prompt(task, 0) == "squares: n0"
+    trajectory = finished(task, "0")
+    assert (module.reward(trajectory), module.reward(finished(task, "7"))) == (1.0, 0.0)
+    assert trajectory.request.task is task, "in results it has the part's name"
+    assert asdict(task) == {"id": "own/n0", "prompt": "n0", "answer": "", "source": "own", "aliases": ("a",)}
 
 
 def test_a_part_with_fewer_tasks_than_its_share_is_named(colours: str) -> None:
