@@ -107,7 +107,7 @@ def _eval_numbers(trajectories: Sequence[Trajectory]) -> Numbers:
         result |= {f"without_tools/{name}": value for name, value in (_accuracy(without) | _numbers(without)).items()}
         solved = {t.request.group_id: _solved(t) for t in without}
         gains = [float(_solved(t) - solved[t.request.group_id]) for t in greedy]
-        result |= _with_interval("tool_gain", fmean(gains), bootstrap_interval(gains))
+        result |= _with_interval("tool_gain", fmean(gains), bootstrap_interval(gains, bounds=(-1.0, 1.0)))
     return result
 
 
@@ -125,7 +125,7 @@ def _pass_at(trajectories: Sequence[Trajectory]) -> Numbers:
     numbers: Numbers = {"num_samples": num_samples}
     for k in ks(num_samples):
         values = [pass_at_k(num_samples, solved, k) for solved in num_solved.values()]
-        numbers |= _with_interval(f"pass@{k}", fmean(values), bootstrap_interval(values))
+        numbers |= _with_interval(f"pass@{k}", fmean(values), bootstrap_interval(values, bounds=(0.0, 1.0)))
     return numbers
 
 

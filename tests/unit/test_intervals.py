@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import random
 from itertools import combinations
 
 import pytest
 
+from toolrl_ray import intervals
 from toolrl_ray.intervals import bootstrap_interval, pass_at_k, wilson_interval
 
 
@@ -62,5 +64,35 @@ def test_the_bootstrap_interval_depends_on_values_and_seed_alone() -> None:
     assert bootstrap_interval(values, 1) == bootstrap_interval(values, 1) != bootstrap_interval(values, 2)
 
 
-def test_values_that_are_all_equal_give_a_point() -> None:
+def test_values_that_are_all_equal_give_a_point_unless_it_is_said_how_far_they_could_differ() -> None:
     assert bootstrap_interval([0.75] * 20) == (0.75, 0.75)
+    # One more task that fails among 21 of 22 is drawn up to 3 times; Wilson's limits of 20 of 20 are 0.839 and 1.
+    assert bootstrap_interval([1.0] * 20, bounds=(0.0, 1.0)) == (pytest.approx(1 - 3 / 22), 1.0)
+    assert bootstrap_interval([0.0] * 20, bounds=(0.0, 1.0)) == (0.0, pytest.approx(3 / 22))
+    low, high = bootstrap_interval([0.0] * 500, bounds=(-1.0, 1.0))  # no task is solved with tools alone, and none without alone
+    assert -0.007 < low < -0.004 and 0.004 < high < 0.007
+
+
+def test_far_from_the_bounds_the_interval_is_the_bootstraps_own() -> None:
+    values = [0.25, 0.5, 0.75] * 150
+    assert bootstrap_interval(values, bounds=(0.0, 1.0)) == pytest.approx(bootstrap_interval(values), abs=0.003)
+
+
+@pytest.mark.parametrize(
+    ("num_tasks", "shares", "mean"),
+    [
+        (500, {1.0: 0.998, 0.0: 0.002}, 0.998),
+        (500, {1.0: 0.993, 0.0: 0.007}, 0.993),
+        (100, {1.0: 0.98, 0.75: 0.02}, 0.995),  # pass@1 of 4 samples
+        (20, {0.0: 0.95, 1.0: 0.05}, 0.05),
+        (500, {0.0: 0.993, 1.0: 0.007}, 0.007),
+    ],
+)
+def test_ninety_five_of_a_hundred_intervals_hold_the_mean_also_near_a_bound(
+    num_tasks: int, shares: dict[float, float], mean: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intervals, "NUM_RESAMPLES", 200)
+    rng = random.Random(0)
+    for bounds in ((0.0, 1.0), (-1.0, 1.0)):
+        drawn = [bootstrap_interval(rng.choices(list(shares), list(shares.values()), k=num_tasks), bounds=bounds) for _ in range(150)]
+        assert sum(low <= mean <= high for low, high in drawn) / len(drawn) > 0.92
