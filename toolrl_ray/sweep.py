@@ -39,7 +39,8 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Study:
-    """grid: the values of each key that has several, as written on the command line. cwd: where relative paths in them begin."""
+    """overrides: each key once, in the order in which they hold. grid: the values of each key that has several, as written on the
+    command line. cwd: where relative paths in them begin."""
 
     recipe: str
     overrides: list[str]
@@ -70,12 +71,13 @@ def make_study(recipe: str, overrides: list[str], seeds: list[int]) -> Study:
         if key in ("seed", "run_dir"):
             remedy = "--seeds gives the seeds of a study" if key == "seed" else "every run of a study has its own folder in --dir"
             raise ConfigError(f"{override}: {remedy}; take {key}=... away")
+        values.pop(key, None)  # given again, it holds in its later place
         values[key] = split_values(text)
         if len(values[key]) > 1 and len(set(values[key])) < len(values[key]) or len(values[key]) > 1 and "" in values[key]:
             raise ConfigError(f"override {override!r} has an empty value, or one twice; give each once")
-    singles = [f"{key}={texts[0]}" for key, texts in values.items() if len(texts) == 1]
     path = str(Path(recipe).absolute()) if recipe.endswith((".yaml", ".yml")) else recipe
-    return Study(path, singles, {key: texts for key, texts in values.items() if len(texts) > 1}, seeds, str(Path.cwd()))
+    told = [f"{key}={','.join(texts)}" for key, texts in values.items()]
+    return Study(path, told, {key: texts for key, texts in values.items() if len(texts) > 1}, seeds, str(Path.cwd()))
 
 
 def split_values(text: str) -> list[str]:
@@ -99,7 +101,8 @@ def plan(study: Study, folder: Path) -> list[PlannedRun]:
     names = _key_names(list(study.grid))
     variants = list(itertools.product(*([(key, text) for text in texts] for key, texts in study.grid.items())))
     for number, variant in enumerate(variants):
-        overrides = [*study.overrides, *(f"{key}={text}" for key, text in variant)]
+        texts = dict(override.split("=", 1) for override in study.overrides) | dict(variant)  # each value in its key's place
+        overrides = [f"{key}={text}" for key, text in texts.items()]
         label = ", ".join(f"{names[key]}={text}" for key, text in variant)
         prefix = re.sub(r"[^A-Za-z0-9_.=+,-]+", "_", label.replace(", ", ","))
         if len(prefix) > MAX_NAME:
@@ -157,7 +160,7 @@ def claim(study: Study, folder: Path) -> Study:
     except OSError as error:
         raise UserError(f"--dir={str(folder)!r} cannot be made ({error.strerror}); choose another folder") from None
     there = open_study(folder)
-    for key in ("recipe", "overrides", "grid", "seeds"):
+    for key in ("recipe", "grid", "seeds", "overrides"):
         if getattr(there, key) != getattr(study, key):
             raise UserError(
                 f"--dir={str(folder)!r} is of another study: {key} {getattr(there, key)} there, {getattr(study, key)} here; "

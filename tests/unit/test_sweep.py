@@ -47,6 +47,25 @@ def test_a_study_has_every_seed_of_every_variant_in_a_folder_of_its_own(tmp_path
     assert runs[0].variant == "lr=1e-4, few_shot=0"
 
 
+def test_overrides_hold_in_the_order_in_which_they_were_given_as_toolrl_train_takes_them(tmp_path: Path) -> None:
+    def adapters(*overrides: str) -> list[tuple[int, int]]:
+        runs = plan(make_study("calculator", list(overrides), [0]), tmp_path)
+        return [(run.config.policy.lora.rank, run.config.policy.lora.alpha) for run in runs]
+
+    values = "policy.lora={rank: 8},{rank: 16}"
+    assert adapters(values, "policy.lora.alpha=64") == [(8, 64), (16, 64)]
+    assert adapters("policy.lora.alpha=64", values) == [(8, 32), (16, 32)]
+    assert adapters("policy.lora={rank: 8}", "policy.lora.alpha=1,2", "policy.lora.rank=4") == [(4, 1), (4, 2)]
+    assert adapters("policy.lora.rank=4", "policy.lora={}", "policy.lora.rank=8,16") == [(8, 32), (16, 32)]
+
+
+def test_a_study_of_an_earlier_version_has_its_variants_behind_the_other_overrides(tmp_path: Path) -> None:
+    old = {"recipe": "calculator", "overrides": ["train.num_steps=3"], "grid": {"learner.lr": ["1e-4", "1e-3"]}, "seeds": [0], "cwd": "/"}
+    (tmp_path / "study.json").write_text(json.dumps(old))
+    runs = plan(sweep.open_study(tmp_path), tmp_path)
+    assert [run.overrides[:2] for run in runs] == [["train.num_steps=3", f"learner.lr={lr}"] for lr in ("1e-4", "1e-3")]
+
+
 def test_a_study_without_variants_is_named_after_its_recipe_and_its_seeds(tmp_path: Path) -> None:
     runs = plan(make_study("calculator", [], [3, 5]), tmp_path)
     assert [(run.name, run.variant) for run in runs] == [("seed-3", "calculator"), ("seed-5", "calculator")]
