@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,17 @@ def load(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
 
     Raises ConfigError with one line that names what is wrong, the value and what is allowed.
     """
+    tree = read(recipe)
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_first_line(error)) from None
+
+
+def read(recipe: str) -> dict[str, Any]:
+    """What the file of a recipe says. Raises ConfigError."""
     path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
     if not os.path.isfile(path):
         raise ConfigError(f"unknown recipe {recipe!r}; recipes: {', '.join(recipe_names())}; or give a path to a .yaml file")
@@ -59,16 +71,21 @@ def load(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of sections, not a {type(tree).__name__}")
     tree.setdefault("recipe", path.stem)
-    for override in overrides:
-        _apply(tree, override)
-    try:
-        return RunConfig.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(_first_line(error)) from None
+    return tree
 
 
 def dump(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key.path, value before, value now) wherever two trees differ; None is the value of a key that one of them lacks."""
+    for key in [*before, *(key for key in now if key not in before)]:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            yield f"{prefix}{key}", old, new
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -23,7 +23,7 @@ import psutil
 from toolrl_ray.checkpoint import committed_steps
 from toolrl_ray.config import RunConfig
 from toolrl_ray.errors import ConfigError, UserError
-from toolrl_ray.recipe import dump, load
+from toolrl_ray.recipe import differences, dump, load
 from toolrl_ray.sweep import evaluations
 
 log = logging.getLogger(__name__)
@@ -194,19 +194,10 @@ def _resumed(run_dir: Path, overrides: Sequence[str]) -> tuple[RunConfig, RunCon
     """The saved configuration, and that with the overrides."""
     source, here = str(run_dir / "config.yaml"), f"run_dir={json.dumps(str(run_dir))}"
     saved, config = load(source, [here]), load(source, [here, *overrides])
-    for key, before, now in _differences(saved.model_dump(mode="json"), config.model_dump(mode="json")):
+    for key, before, now in differences(saved.model_dump(mode="json"), config.model_dump(mode="json")):
         if not MAY_DIFFER.fullmatch(key):
             raise ConfigError(f"{key}={now!r} contradicts the run in {str(run_dir)!r}, which has {before!r}; a new run can have it")
     return saved, config
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    for key in [*before, *(key for key in now if key not in before)]:
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            yield from _differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            yield f"{prefix}{key}", old, new
 
 
 class _Row(msgspec.Struct):

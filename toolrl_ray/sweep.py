@@ -40,13 +40,14 @@ class State(StrEnum):
 @dataclass(frozen=True)
 class Study:
     """overrides: each key once, in the order in which they hold. grid: the values of each key that has several, as written on the
-    command line. cwd: where relative paths in them begin."""
+    command line. cwd: where relative paths in them begin. settings: what the recipe's file said when the study began; None is unknown."""
 
     recipe: str
     overrides: list[str]
     grid: dict[str, list[str]]
     seeds: list[int]
     cwd: str
+    settings: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,11 @@ def make_study(recipe: str, overrides: list[str], seeds: list[int]) -> Study:
             raise ConfigError(f"override {override!r} has an empty value, or one twice; give each once")
     path = str(Path(recipe).absolute()) if recipe.endswith((".yaml", ".yml")) else recipe
     told = [f"{key}={','.join(texts)}" for key, texts in values.items()]
-    return Study(path, told, {key: texts for key, texts in values.items() if len(texts) > 1}, seeds, str(Path.cwd()))
+    return Study(path, told, {key: texts for key, texts in values.items() if len(texts) > 1}, seeds, str(Path.cwd()), _settings(path))
+
+
+def _settings(recipe: str) -> dict[str, Any]:
+    return json.loads(json.dumps(recipes.read(recipe), default=str))  # as study.json will have them
 
 
 def split_values(text: str) -> list[str]:
@@ -167,6 +172,17 @@ def claim(study: Study, folder: Path) -> Study:
                 f"choose another folder, or go on with that study: toolrl sweep --resume {folder}"
             )
     return there
+
+
+def check_recipe(study: Study, folder: Path) -> None:
+    """Raises UserError when the recipe says something else than when the study began: its means would be of two configurations."""
+    changed = [] if study.settings is None else list(recipes.differences(study.settings, _settings(study.recipe)))
+    if changed:
+        told = ", ".join(f"{key} was {before!r} and is {now!r}" for key, before, now in changed)
+        raise UserError(
+            f"the recipe {study.recipe!r} has changed since the study in {str(folder)!r} began: {told:.300}; undo that, or start another "
+            "study in another folder"
+        )
 
 
 def state(folder: Path, run: PlannedRun) -> State:

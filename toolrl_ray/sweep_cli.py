@@ -80,6 +80,7 @@ def run_sweep(options: argparse.Namespace, say: Say) -> int:
     runs = sweep.plan(study, folder)
     if options.plot:
         return _report(folder, runs, metrics)
+    sweep.check_recipe(study, folder)
     if options.run_one:
         return _run_one(options.run_one[1], study, folder, runs, say)
     say(f"study {folder}: {len(runs)} runs, seeds {', '.join(map(str, study.seeds))}" + _grid(study))

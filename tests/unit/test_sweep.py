@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from toolrl_ray import sweep
+from toolrl_ray import cli, sweep
 from toolrl_ray.errors import ConfigError, UserError
 from toolrl_ray.sweep import State, make_study, plan, split_values
 
@@ -62,7 +62,9 @@ def test_overrides_hold_in_the_order_in_which_they_were_given_as_toolrl_train_ta
 def test_a_study_of_an_earlier_version_has_its_variants_behind_the_other_overrides(tmp_path: Path) -> None:
     old = {"recipe": "calculator", "overrides": ["train.num_steps=3"], "grid": {"learner.lr": ["1e-4", "1e-3"]}, "seeds": [0], "cwd": "/"}
     (tmp_path / "study.json").write_text(json.dumps(old))
-    runs = plan(sweep.open_study(tmp_path), tmp_path)
+    study = sweep.open_study(tmp_path)
+    sweep.check_recipe(study, tmp_path)  # what its recipe was is not known
+    runs = plan(study, tmp_path)
     assert [run.overrides[:2] for run in runs] == [["train.num_steps=3", f"learner.lr={lr}"] for lr in ("1e-4", "1e-3")]
 
 
@@ -119,6 +121,23 @@ def test_the_same_study_goes_on_in_its_folder_and_another_is_refused(tmp_path: P
     for other in (make_study("calculator", GRID, [0, 1, 2]), make_study("calculator", GRID[:1], [0, 1])):
         with pytest.raises(UserError, match="is of another study: (seeds|grid) .*choose another folder.*--resume"):
             sweep.claim(other, folder)
+
+
+def test_a_study_whose_recipe_has_changed_since_it_began_runs_nothing_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, folder = tmp_path / "mine.yaml", tmp_path / "study"
+    recipe.write_text("learner: {lr: 1.0e-4}\n")
+    sweep.check_recipe(sweep.claim(make_study(str(recipe), [], [0]), folder), folder)
+    recipe.write_text("# said otherwise\nlearner:\n  lr: 1.0e-4\n")
+    sweep.check_recipe(sweep.open_study(folder), folder)
+    recipe.write_text("learner: {lr: 0.5}\ntask: {few_shot: 1}\n")
+    with pytest.raises(UserError, match="mine.yaml' has changed since the study in .*study' began: .*; undo that, or") as error:
+        sweep.check_recipe(sweep.open_study(folder), folder)
+    assert ": learner.lr was 0.0001 and is 0.5, task was None and is {'few_shot': 1}; " in str(error.value)
+    for command in (["--resume", str(folder)], ["--run-one", str(folder), "0"], [str(recipe), "--seeds", "1", "--dir", str(folder)]):
+        assert cli.main(["sweep", *command]) == 2
+        assert "learner.lr was 0.0001 and is 0.5" in capsys.readouterr().err
+    assert cli.main(["sweep", "--plot", str(folder)]) == 1, "what there is can be drawn"
+    assert not list(folder.glob("seed-0*"))
 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
