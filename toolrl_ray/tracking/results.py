@@ -21,7 +21,8 @@ COLUMNS = ("variant", "seed", "state", "accuracy_before", "accuracy_after", "too
 
 @dataclass(frozen=True)
 class RunResult:
-    """curves: of each metric, (step, value) in the order of steps. What is not known is None. time_s: training and evaluation."""
+    """curves: of each metric, (step, value) in the order of steps. What is not known is None. time_s: training and evaluation. problem: why
+    the run counts as failed whatever else is there."""
 
     variant: str
     seed: int
@@ -31,6 +32,7 @@ class RunResult:
     accuracy_after: float | None = None
     tool_use_after: float | None = None
     time_s: float | None = None
+    problem: str = ""
 
     @property
     def steps_to_threshold(self) -> int | None:
@@ -44,16 +46,22 @@ def curve(rows: Sequence[Mapping[str, Any]], metric: str, step_key: str = "step"
 
 
 def read_run(folder: Path, run: PlannedRun, metrics: Sequence[str]) -> RunResult:
-    path = folder / run.name / "metrics.jsonl"
-    rows = load_metrics(path) if path.exists() else []
+    """A run with damaged metrics counts as failed, and costs the study's report itself alone."""
+    path, names = folder / run.name / "metrics.jsonl", {REWARD, *metrics}
+    try:
+        rows = load_metrics(path) if path.exists() else []
+        curves = {metric: curve(rows, metric) for metric in names}
+        trained_s = sum(row.get("time/step_s") or 0.0 for row in rows)
+    except (ValueError, TypeError, AttributeError, KeyError):
+        return RunResult(run.variant, run.seed, State.FAILED, {metric: [] for metric in names}, problem=f"{path} is damaged")
     results = evaluations(folder / run.name)
     after = results.get("after", {})
-    seconds = sum(row.get("time/step_s") or 0.0 for row in rows) + sum(result.get("duration_s", 0.0) for result in results.values())
+    seconds = trained_s + sum(result.get("duration_s", 0.0) for result in results.values())
     return RunResult(
         run.variant,
         run.seed,
         state(folder, run),
-        {metric: curve(rows, metric) for metric in {REWARD, *metrics}},
+        curves,
         results.get("before", {}).get("accuracy"),
         after.get("accuracy"),
         after.get("tool_use_rate"),
@@ -90,7 +98,8 @@ def markdown(results: Sequence[RunResult]) -> str:
     """The study as two tables, of variants and of runs, and above them what is not done."""
     lines = []
     if not_done := [result for result in results if result.state is not State.DONE]:
-        named = ", ".join(f"{result.variant} seed {result.seed} ({result.state})" for result in not_done)
+        why = [f"{result.state}: {result.problem}" if result.problem else result.state for result in not_done]
+        named = ", ".join(f"{result.variant} seed {result.seed} ({reason})" for result, reason in zip(not_done, why, strict=True))
         lines += [f"**{len(not_done)} of {len(results)} runs are not done and in no mean: {named}.**", ""]
     lines += [
         f"| variant | seeds done | held-out accuracy, mean | 95 % interval | min | steps to reward {THRESHOLD}, median | time, mean |",

@@ -50,6 +50,23 @@ def test_a_run_is_read_from_its_folder(tmp_path: Path) -> None:
     assert read_run(tmp_path, run, ["objective/kl"]) == RunResult("calculator", 4, State.DONE, curves, 0.25, 0.875, 1.0, 10.0)
 
 
+@pytest.mark.parametrize(
+    "damaged", [b'{"step": 1}\n\0\0\0\n{"step": 3}\n', b'{"step": 2, "env/rew\n', b"[1]\n", b'{"env/reward_mean": 0.5}\n', b"\xff\n"]
+)
+def test_a_run_whose_metrics_are_damaged_counts_as_failed_and_the_others_are_told(tmp_path: Path, damaged: bytes) -> None:
+    runs = sweep.plan(sweep.make_study("calculator", [], [0, 1]), tmp_path)
+    for run, metrics in zip(runs, (damaged, b'{"step": 1, "env/reward_mean": 0.5, "time/step_s": 60}\n'), strict=True):
+        (tmp_path / run.name).mkdir()
+        (tmp_path / run.name / "metrics.jsonl").write_bytes(metrics)
+        (tmp_path / run.name / "eval.json").write_text(json.dumps({"after": {"accuracy": 0.5 + run.seed / 4, "tool_use_rate": 1.0}}))
+    results = [read_run(tmp_path, run, [REWARD]) for run in runs]
+    assert [(result.state, result.curves[REWARD]) for result in results] == [(State.FAILED, []), (State.DONE, [(1, 0.5)])]
+    lines = markdown(results).splitlines()
+    named = f"calculator seed 0 (failed: {tmp_path / 'seed-0' / 'metrics.jsonl'} is damaged)"
+    assert lines[0] == f"**1 of 2 runs are not done and in no mean: {named}.**"
+    assert lines[4].startswith("| calculator | 1 of 2 | 0.7500 |")
+
+
 def test_a_variants_numbers_are_of_its_seeds_that_are_done() -> None:
     a, b = summarise(RESULTS)
     assert (a["done"], a["seeds"], a["reached"], a["steps_median"], a["time_mean_s"]) == (3, 4, 2, 3, 80.0)
