@@ -59,11 +59,12 @@ def _format_contradictions(config: RunConfig) -> Iterator[str]:
             "episode.call_format=hermes contradicts policy.path=tiny, which has no chat template; "
             "set policy.path to a chat model or episode.call_format=text"
         )
-    if episode.call_format == "hermes" and task.few_shot > 0 and task.module.startswith("toolrl_ray."):
-        yield (
-            f"episode.call_format=hermes contradicts task.few_shot={task.few_shot}: the worked examples are written in text markers; "
-            "set task.few_shot=0"
-        )
+    for key, one in {"task": task, **{f"task.parts.{name}": part for name, part in task.parts.items()}}.items():
+        if episode.call_format == "hermes" and one.few_shot > 0 and one.module.startswith("toolrl_ray."):
+            yield (
+                f"episode.call_format=hermes contradicts {key}.few_shot={one.few_shot}: the worked examples are written in text markers; "
+                f"set {key}.few_shot=0"
+            )
 
 
 def _stream_contradictions(config: RunConfig) -> Iterator[str]:

@@ -61,6 +61,10 @@ def chat_config(model: Path, *overrides: str) -> RunConfig:
             ["episode.call_format=hermes", "policy.path=some/model", "task.few_shot=2"],
             "episode.call_format=hermes contradicts task.few_shot=2: the worked examples are written in text markers",
         ),
+        (
+            ["episode.call_format=hermes", "policy.path=some/model", "task.parts={a: {}, b: {few_shot: 2}}"],
+            "episode.call_format=hermes contradicts task.parts.b.few_shot=2: .* text markers; set task.parts.b.few_shot=0",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused_in_one_line(overrides: list[str], message: str) -> None:
