@@ -178,12 +178,12 @@ def _write_slurm(folder: Path, study: Any, runs: list[Any], say: Say) -> int:
     num_gpus = math.ceil(sum(share.count * share.num_gpus for share in shares))
     lines = [
         "#!/bin/bash",
-        f"#SBATCH --job-name={folder.name}",
+        f"#SBATCH --job-name={shlex.quote('_'.join(folder.name.split()))}",
         f"#SBATCH --array={','.join(str(run.index) for run in todo)}",
         "#SBATCH --nodes=1 --ntasks=1",
         f"#SBATCH --cpus-per-task={math.ceil(sum(share.count * share.num_cpus for share in shares))}",
         *([f"#SBATCH --gpus={num_gpus}"] if num_gpus else []),
-        f"#SBATCH --output={folder}/slurm-%a.out",
+        f"#SBATCH --output={shlex.quote(str(folder).replace('%', '%%') + '/slurm-%a.out')}",  # a lone % stands for a number of the job
         "#SBATCH --signal=B:TERM@90",  # before the time limit: time to take the run's parts down
         "# Partition, account and time limit of your cluster: add them above, or give them to sbatch.",
         "unset RAY_ADDRESS  # every task starts a Ray of its own",

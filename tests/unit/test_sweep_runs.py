@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -129,6 +130,17 @@ def test_an_array_script_has_the_runs_that_are_missing_and_each_of_its_tasks_run
     assert cli.main(["sweep", "--run-one", "study", "3"]) == 2
     assert cli.main(["sweep", "--plot", "study"]) == 1
     assert "2 of 3 runs are not done" in capsys.readouterr().out
+
+
+def test_an_array_script_of_a_folder_with_blanks_and_percent_signs_says_what_was_meant(tmp_path: Path) -> None:
+    assert cli.main(["sweep", "calculator", "--seeds", "1", "--dir", "100 % mine/my study", "--slurm"]) == 0
+    folder = tmp_path / "100 % mine" / "my study"
+    lines = (folder / "sweep.sbatch").read_text().splitlines()
+    options = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH --job-name=") or "--output=" in line]
+    assert [shlex.split(option) for option in options] == [
+        ["--job-name=my_study"],
+        [f"--output={tmp_path}/100 %% mine/my study/slurm-%a.out"],  # Slurm reads %% as %
+    ]
 
 
 def test_runs_at_once_on_one_machine_have_gpus_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
