@@ -71,7 +71,7 @@ def _save(options: argparse.Namespace, result: dict[str, Any], trajectories: lis
 
     def write_json(path: str) -> None:
         aside = Path(f"{path}.writing")
-        aside.write_text(json.dumps(result, indent=1) + "\n")
+        aside.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
         os.replace(aside, path)
 
     def write_transcripts(path: str) -> None:
@@ -85,8 +85,8 @@ def _save(options: argparse.Namespace, result: dict[str, Any], trajectories: lis
         try:
             if path:
                 write(path)
-        except OSError as error:
-            failed.append(f"{option}={path!r} cannot be written ({error.strerror})")
+        except (OSError, ValueError) as error:  # the latter of a NaN, which JSON lacks
+            failed.append(f"{option}={path!r} cannot be written ({getattr(error, 'strerror', error)})")
     if failed:
         raise UserError(f"{'; '.join(failed)}; the evaluation is done, its table stands above")
 

@@ -58,6 +58,8 @@ class InProcessRollout:
         outcomes = self._loop.run(self._inbox.take(max_wait_s)) if self._outstanding else []
         trajectories = []
         for outcome in outcomes:
+            if outcome.mistake:
+                raise outcome.mistake
             if outcome.trajectory is None:
                 raise EpisodeError(f"episode {outcome.episode_id} failed: {outcome.failure}")
             trajectories.append(outcome.trajectory)

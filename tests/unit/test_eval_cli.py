@@ -94,6 +94,16 @@ def test_a_file_that_cannot_be_written_costs_neither_the_table_nor_the_other_fil
     assert (tmp_path / "episodes" / "trajectories.jsonl").exists()
 
 
+def test_what_json_does_not_know_is_not_written_as_json(
+    evaluated: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "with_parts", lambda *_: (FULL | {"reward_mean": float("nan")}, []))
+    assert cli.main(evaluated) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("toolrl: --json='result.json' cannot be written (Out of range float values") and "Traceback" not in said.err
+    assert not list(tmp_path.glob("result.json*"))
+
+
 @pytest.mark.parametrize("option", ["--json", "--transcripts"])
 def test_a_folder_that_cannot_be_written_is_told_before_the_evaluation(
     option: str, evaluated: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

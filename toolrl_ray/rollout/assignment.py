@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from toolrl_ray.errors import RolloutError
+from toolrl_ray.errors import RolloutError, UserError
 from toolrl_ray.types import EpisodeRequest, Trajectory
 
 MAX_DESCRIBED = 8  # actors one by one
@@ -18,11 +18,13 @@ MAX_DESCRIBED = 8  # actors one by one
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one episode ended: with a trajectory, or with the reason why the harness could not run it."""
+    """How one episode ended: with a trajectory, or with the reason why the harness could not run it, or with the mistake of a person,
+    which no second try mends."""
 
     episode_id: str
     trajectory: Trajectory | None
     failure: str | None = None
+    mistake: UserError | None = None
 
 
 class Assignment:
@@ -70,12 +72,14 @@ class Assignment:
         return chosen
 
     def take(self, actor: int, outcomes: list[Outcome]) -> list[Trajectory]:
-        """Book what an actor handed over; returns the trajectories that were waited for."""
+        """Book what an actor handed over; returns the trajectories that were waited for. Raises the UserError that one ended with."""
         finished = []
         for outcome in outcomes:
             request = self._running[actor].pop(outcome.episode_id, None)
             if request is None:
                 continue  # called off
+            if outcome.mistake:
+                raise outcome.mistake
             if outcome.trajectory is None:
                 self._again(request, outcome.failure or "no reason given")
             else:

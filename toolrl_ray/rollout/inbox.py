@@ -7,6 +7,7 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
 
+from toolrl_ray.errors import UserError
 from toolrl_ray.rollout.assignment import Outcome
 from toolrl_ray.types import Completion, EpisodeRequest, GenerateFn, SamplingParams, Trajectory
 
@@ -87,6 +88,8 @@ class Inbox:
     async def _run(self, request: EpisodeRequest) -> None:
         try:
             outcome = Outcome(request.episode_id, await self.run(request))
+        except UserError as error:
+            outcome = Outcome(request.episode_id, None, mistake=error)
         except Exception as error:
             log.exception("episode %s failed in the harness", request.episode_id)
             outcome = Outcome(request.episode_id, None, f"{type(error).__name__}: {error}")

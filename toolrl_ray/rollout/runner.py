@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
-from toolrl_ray.config import RunConfig
+from toolrl_ray.config import RunConfig, TaskConfig
 from toolrl_ray.episode.call_format import CallFormat
 from toolrl_ray.episode.clock import Clock
 from toolrl_ray.episode.codec import HFCodec
 from toolrl_ray.episode.loop import Limits, run_episode
+from toolrl_ray.errors import ConfigError
 from toolrl_ray.tasks.module import task_module
-from toolrl_ray.types import CallToolFn, Completion, EpisodeRequest, SamplingParams, Trajectory
+from toolrl_ray.types import CallToolFn, Completion, EpisodeRequest, SamplingParams, Task, Trajectory
 from tools_service.protocol import ToolCall, ToolResult, ToolStatus
 
 
@@ -58,5 +60,18 @@ class EpisodeRunner:
             shown=self._config.episode.shown,
             clock=self.clock,
         )
-        trajectory.reward = float(self._task.reward(trajectory))
+        trajectory.reward = _checked(self._task.reward(trajectory), self._config.task, request.task)
         return trajectory
+
+
+def _checked(reward: Any, config: TaskConfig, task: Task) -> float:
+    """Raises ConfigError for what is no finite number: it would spoil every mean that it goes into."""
+    try:
+        if math.isfinite(reward):
+            return float(reward)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last of a tensor of several numbers
+        pass
+    name, source = (f"task.parts.{task.source}", config.parts[task.source]) if config.parts else ("task", config)
+    raise ConfigError(
+        f"{name}.module={source.module!r}: {source.reward} returned {reward!r:.100} for task {task.id!r}; it must return a finite number"
+    )

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import pickle
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolrl_ray.errors import RolloutError
+from toolrl_ray.errors import ConfigError, RolloutError
 from toolrl_ray.rollout.assignment import Assignment, Outcome
 from toolrl_ray.types import EpisodeRequest, StopReason, Task, Trajectory
 
@@ -51,6 +53,13 @@ def test_an_episode_that_keeps_failing_is_named():
     assignment.next_for(0, 1)
     with pytest.raises(RolloutError, match=r"episode e0 of task t0 failed 2 times \(rollout.max_tries\); last: ValueError: bad"):
         assignment.take(0, [Outcome("e0", None, "ValueError: bad")])
+
+
+def test_a_persons_mistake_ends_the_collection_at_the_first_try():
+    assignment = book(1, num_actors=1, max_tries=3)
+    assignment.next_for(0, 1)
+    with pytest.raises(ConfigError, match="^a reward must be a number$"):
+        assignment.take(0, [pickle.loads(pickle.dumps(Outcome("e0", None, mistake=ConfigError("a reward must be a number"))))])
 
 
 def test_an_episode_that_was_called_off_is_not_handed_back():

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 
+from toolrl_ray.errors import ConfigError
+from toolrl_ray.rollout.assignment import Outcome
 from toolrl_ray.rollout.inbox import Inbox
 from toolrl_ray.types import Completion, EpisodeRequest, SamplingParams, StopReason, Task, Trajectory
 
@@ -39,6 +41,18 @@ class Episodes:
 async def settle():
     for _ in range(100):
         await asyncio.sleep(0)
+
+
+async def test_a_persons_mistake_is_handed_over_as_what_it_is_and_without_a_traceback(caplog):
+    inbox, mistake = Inbox(), ConfigError("a reward must be a number")
+
+    async def run(request):
+        raise mistake
+
+    inbox.run = run
+    inbox.submit(REQUESTS[:1], max_in_flight=4)
+    assert await inbox.take(5) == [Outcome("e0", None, mistake=mistake)]
+    assert caplog.records == []
 
 
 async def test_no_more_sample_at_once_than_allowed_and_all_are_handed_over_once():

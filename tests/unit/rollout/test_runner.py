@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from tests.unit.episode.script import REQUEST, FakeTool, Script, said
 from tests.unit.episode.vocabularies import codec
 from toolrl_ray import recipe
 from toolrl_ray.episode.call_format import TextMarkers
 from toolrl_ray.episode.shown import SHOWN
+from toolrl_ray.errors import ConfigError
 from toolrl_ray.rollout.runner import EpisodeRunner
 from toolrl_ray.types import Trajectory
 from tools_service.protocol import ToolStatus
@@ -47,3 +51,30 @@ def test_with_tools_the_call_is_executed() -> None:
     trajectory, _ = run(tool)
     assert [call.argument for call in tool.calls] == ["13.1-3"]
     assert trajectory.used_tool
+
+
+MODULE = "from toolrl_ray.tasks.calculator import load_tasks, render_prompt\nimport numpy, torch\ndef scored(trajectory): return {}\n"
+
+
+def rewarded(tmp_path: Path, value: str, parts: bool = False) -> float | None:
+    (tmp_path / "mine.py").write_text(MODULE.format(value))
+    module = f"{{module: {tmp_path / 'mine.py'}, reward: scored}}"
+    own = f"task.parts={{own: {module}}}" if parts else f"task={module}"
+    config = recipe.load("calculator", [own, "task.num_train=1000", "task.num_heldout=500"])
+    runner = EpisodeRunner(config, Script(said(TINY, "Result=1<submit>")), FakeTool(), TINY, TextMarkers())
+    task = replace(REQUEST.task, id="own/t0", source="own") if parts else REQUEST.task
+    return asyncio.run(runner.run(replace(REQUEST, task=task))).reward
+
+
+@pytest.mark.parametrize("value", ["0.5", "True", "2", "numpy.float32(0.5)", "torch.tensor(0.5)"])
+def test_a_reward_is_any_finite_number(tmp_path: Path, value: str) -> None:
+    reward = rewarded(tmp_path, value)
+    assert type(reward) is float and reward == float(eval(value, {"numpy": np, "torch": torch}))
+
+
+@pytest.mark.parametrize("value", ["float('nan')", "-float('inf')", "None", "'1.0'", "[1.0]", "1j", "10**400", "torch.ones(2)"])
+def test_what_is_no_finite_number_is_refused_with_the_task_and_the_function_that_gave_it(tmp_path: Path, value: str) -> None:
+    with pytest.raises(ConfigError, match=r"^task.module='.*mine.py': scored returned .* for task 'test/0'; it must return a finite"):
+        rewarded(tmp_path, value)
+    with pytest.raises(ConfigError, match=r"^task.parts.own.module='.*mine.py': scored returned .* for task 'own/t0'; it must"):
+        rewarded(tmp_path, value, parts=True)
