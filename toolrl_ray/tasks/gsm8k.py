@@ -13,6 +13,7 @@ After TRL's python-interpreter experiment; programs in the form of PAL (Gao et a
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import re
 from collections.abc import Iterator
@@ -33,10 +34,14 @@ TOLERANCE = 0.01
 HELDOUT_SHARE = 8  # one generated problem in so many is held out
 DRAWS_PER_TASK = 20  # after which the generator has nothing new
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|\.(?!\d))?"
-# A sign, a currency, a number or a fraction, and what it counts: no second number.
+SCALES = {"k": 1e3, "thousand": 1e3, "million": 1e6, "billion": 1e9}
+# A sign and a currency in either order, a number or a fraction, how many of it, and what it counts: no second number. A k is a thousand
+# only directly behind the number: `5k`, not `5 k` or `5km`.
 # Possessive (++, *+), so that what a policy writes at length is read in a time that grows no faster than it.
 AMOUNT = re.compile(
-    rf"(?P<sign>[-+−]?)\s*+[$€£¥]?\s*+(?P<number>{DIGITS})(?:\s*+/\s*+(?P<divisor>\d++))?\s*+(?:[%$€£¥]|[^\W\d_][^\d<>]*)?[.!]?"
+    rf"(?P<sign>[-+−]?+\s*+[$€£¥₹]?+\s*+[-+−]?+)\s*+(?P<number>{DIGITS})(?P<exponent>[eE][-+]?\d++)?(?:\s*+/\s*+(?P<divisor>\d++))?"
+    r"(?:(?P<scale>(?ai:k|\s*+(?:thousand|million|billion)s?))(?![^\W_]))?"
+    r"\s*+(?:[%$€£¥₹°]|[/°]?+\s*+[^\W\d_][^\d<>]*)?[.!]?"
 )
 RESULT = re.compile(r"Result=((?:(?!Result=)[^<>])*+)(?:<submit>|$)")
 FINAL = re.compile(r"####\s*(.+?)\s*$")
@@ -98,18 +103,23 @@ def reward(trajectory: Trajectory) -> float:
 
 
 def amount(text: str) -> float | None:
-    """The number in an answer as people write one: `1,200`, `$18`, `18 dollars`, `-3.5`, `1/2`. A percent sign is a unit: 50% is 50,
-    as in GSM8K's own answers. None for what holds no number, or more than one."""
+    """The number in an answer as people write one: `1,200`, `$18`, `18 dollars/hour`, `-3.5`, `1/2`, `1.5 million`, `5k`, `1e3`. A percent
+    sign is a unit: 50% is 50, as in GSM8K's own answers. None for what holds no finite number, or more than one."""
     match = AMOUNT.fullmatch(text.strip())
     if match is None or not any(character.isdigit() for character in match["number"]):
         return None
-    value = float(match["number"].replace(",", ""))
+    signs = re.sub("[^-+−]", "", match["sign"])
+    value = float(match["number"].replace(",", "") + (match["exponent"] or ""))
     if match["divisor"] is not None:
         divisor = float(match["divisor"])  # int() refuses thousands of digits
         if divisor == 0:
             return None
         value /= divisor
-    return -value if match["sign"] in ("-", "−") else value
+    if match["scale"]:
+        value *= SCALES[match["scale"].strip().lower().rstrip("s")]
+    if len(signs) > 1 or not math.isfinite(value):
+        return None
+    return -value if signs in ("-", "−") else value
 
 
 def load_tasks(config: TaskConfig) -> tuple[list[Task], list[Task]]:

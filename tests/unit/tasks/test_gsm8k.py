@@ -52,6 +52,47 @@ def printed(program: str) -> str:
         (" 8\n", 8.0),
         ("8.", 8.0),
         ("−7", -7.0),
+        ("$-5", -5.0),
+        ("- $ 5", -5.0),
+        ("-$-5", None),
+        ("--5", None),
+        ("₹500", 500.0),
+        ("500 ₹", 500.0),
+        ("5 thousand", 5e3),
+        ("2 Million dollars", 2e6),
+        ("$1.5 million", 1.5e6),
+        ("3 billion.", 3e9),
+        ("1/2 million", 5e5),
+        ("5 thousandths", 5.0),
+        ("5k", 5e3),
+        ("$1.5K", 1.5e3),
+        ("5k dollars", 5e3),
+        ("5 k", 5.0),
+        ("5 kg", 5.0),
+        ("5kg", 5.0),
+        ("5km/h", 5.0),
+        ("5 m", 5.0),
+        ("5m", 5.0),
+        ("5 thousandſ", 5.0),
+        ("5 mıllion", 5.0),
+        ("5k2", None),
+        ("5 million 2", None),
+        ("1e3", 1e3),
+        ("1.5e-3", 1.5e-3),
+        ("2E+2 pages", 200.0),
+        ("e3", None),
+        (".e3", None),
+        ("1e", 1.0),
+        ("1e999", None),
+        ("9" * 400, None),
+        ("18/hour", 18.0),
+        ("$18/hour", 18.0),
+        ("18 dollars/hour", 18.0),
+        ("18 / hour", 18.0),
+        ("18/", None),
+        ("18/hour/2", None),
+        ("5 °C", 5.0),
+        ("90°", 90.0),
         ("1/0", None),
         ("1/" + "9" * 5000, 0.0),
         ("", None),
@@ -115,6 +156,12 @@ def test_what_a_thought_says_earns_nothing(module: ModuleType, text: str, reward
 def test_a_long_answer_is_read_at_once(module: ModuleType, text: str) -> None:
     """These took minutes to hours, in which the process that runs the episodes stood still."""
     assert module.reward(finished("8", text)) == 0.0
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("text", ["8/" + " " * 50_000 + "1 2", "8" + " " * 50_000 + "million" * 9_000 + "2", "8e" + "1" * 50_000 + "k2"])
+def test_a_long_amount_is_read_at_once(text: str) -> None:
+    assert amount(text) is None
 
 
 def test_what_was_not_submitted_earns_nothing() -> None:
