@@ -132,7 +132,7 @@ def _rows_of_file(path: Path) -> Iterator[tuple[str, str, str]]:
         missing = [key for key in ("split", "expr", "result") if key not in row]
         if missing:
             raise ConfigError(f"{path}:{number}: not a JSON object with {WANTED} ({missing[0]} is missing)")
-        split, expression, result = row["split"], row["expr"], row["result"]
+        split, expression, result = str(row["split"]).lower(), row["expr"], row["result"]
         if split not in ("train", "test") or not isinstance(expression, str) or not isinstance(result, str):
             raise ConfigError(f"{path}:{number}: expr and result must be text and split train or test, not {row!r}"[:300])
         yield split, expression, result

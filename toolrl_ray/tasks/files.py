@@ -12,12 +12,12 @@ from toolrl_ray.errors import ConfigError, MissingDependency
 
 
 def json_lines(path: Path, wanted: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of every line of task.path; a name that ends in .xz is unpacked on the way. wanted: what a line has to hold,
-    for the messages of the ConfigErrors that it raises."""
+    """(line number, object) of every line of task.path that is not blank; a name that ends in .xz is unpacked on the way. wanted: what a
+    line has to hold, for the messages of the ConfigErrors that it raises."""
     remedy = f"give a JSON-lines file with {wanted}"
     try:
         data = path.read_bytes()
-        text = (lzma.decompress(data) if path.suffix == ".xz" else data).decode("utf-8")
+        text = (lzma.decompress(data) if path.suffix == ".xz" else data).decode("utf-8-sig")  # some editors put a byte-order mark first
     except OSError as error:
         raise ConfigError(f"task.path={str(path)!r} cannot be read ({error.strerror}); {remedy}") from None
     except lzma.LZMAError as error:
@@ -26,7 +26,9 @@ def json_lines(path: Path, wanted: str) -> Iterator[tuple[int, dict[str, Any]]]:
         raise ConfigError(f"task.path={str(path)!r} is not UTF-8 text; {remedy}") from None
     if not text.strip():
         raise ConfigError(f"task.path={str(path)!r} is empty; {remedy}")
-    for number, line in enumerate(text.rstrip("\n").split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:

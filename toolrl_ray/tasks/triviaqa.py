@@ -163,7 +163,7 @@ def _rows_of_file(path: Path) -> Iterator[tuple[str, str, str, list[str]]]:
         question, answers = row.get("question"), row.get("answers")
         if not isinstance(question, str) or not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
             raise ConfigError(f"{path}:{number}: not a JSON object with {WANTED}, but {row!r:.100}")
-        yield str(number), str(row.get("split", "")), valid_text(question), list(map(valid_text, answers))
+        yield str(number), str(row.get("split", "")).lower(), valid_text(question), list(map(valid_text, answers))
 
 
 def _rows_of_hub() -> Iterator[tuple[str, str, str, list[str]]]:
