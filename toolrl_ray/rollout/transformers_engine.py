@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load
 
+from toolrl_ray.errors import UserError
 from toolrl_ray.types import Completion, SamplingParams
 
 
@@ -32,9 +33,10 @@ class _Row:
 
 
 class TransformersEngine:
-    """model: a causal LM in eval mode, which the engine keeps for itself. decode: text of sampled ids, for stop strings.
-    seed: with a completion's own seed it says what that draws, whatever else is under way. recompute: new weights compute again what
-    those before have cached of a completion (weights.kv_cache)."""
+    """model: a causal LM in eval mode, which the engine keeps for itself; one without a cache of keys and values (Mamba, RWKV) raises
+    UserError when it is sampled from. decode: text of sampled ids, for stop strings. seed: with a completion's own seed it says what that
+    draws, whatever else is under way. recompute: new weights compute again what those before have cached of a completion
+    (weights.kv_cache)."""
 
     def __init__(
         self,
@@ -118,6 +120,12 @@ class TransformersEngine:
                     position_ids=position_ids[:, start:],
                     past_key_values=cache,
                     use_cache=True,
+                )
+            if not hasattr(out, "past_key_values"):
+                kind = self._model.config.model_type
+                raise UserError(
+                    f"rollout.engine=transformers cannot sample from a model of the kind {kind!r}, which has no cache of keys and values "
+                    "(past_key_values); rollout.engine=vllm may serve it"
                 )
             cache = out.past_key_values
             logprobs = torch.log_softmax(out.logits[:, -1].float() / temperature, dim=-1)  # [B, V]

@@ -5,8 +5,9 @@ import asyncio
 import pytest
 import torch
 from safetensors.torch import save
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
+from toolrl_ray.errors import UserError
 from toolrl_ray.learner.engine import policy_tensors
 from toolrl_ray.rollout.transformers_engine import TransformersEngine
 from toolrl_ray.types import SamplingParams
@@ -130,6 +131,13 @@ def test_a_failure_of_the_model_reaches_every_waiting_episode(engine):
         return await asyncio.gather(*(engine.generate([10**6], SamplingParams(1.0, 2, ())) for _ in range(3)), return_exceptions=True)
 
     assert all(isinstance(error, IndexError) for error in asyncio.run(run()))
+
+
+def test_a_model_without_a_key_value_cache_is_refused_in_one_line_that_names_its_kind():
+    model = MambaForCausalLM(MambaConfig(vocab_size=len(VOCABULARY), hidden_size=16, state_size=4, num_hidden_layers=1))
+    engine = TransformersEngine(model, decode, [EOS], max_batch=4, seed=0, policy_version=0)
+    with pytest.raises(UserError, match=r"^rollout.engine=transformers cannot sample .*'mamba'.*; rollout.engine=vllm may serve it$"):
+        generate(engine, ([2, 3], SamplingParams(1.0, 4, ())))
 
 
 def test_a_completions_seed_says_what_it_draws_whatever_shares_the_batch(model):
