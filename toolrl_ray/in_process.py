@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from toolrl_ray.config import RunConfig
-from toolrl_ray.parts import Parts
 from toolrl_ray.errors import EpisodeError
 from toolrl_ray.learner.update import Learner
+from toolrl_ray.parts import Parts
 from toolrl_ray.rollout.inbox import Inbox
 from toolrl_ray.rollout.load import load_codec, load_transformers_engine, make_call_format
 from toolrl_ray.rollout.runner import EpisodeRunner
