@@ -81,18 +81,23 @@ class Assignment:
             if outcome.mistake:
                 raise outcome.mistake
             if outcome.trajectory is None:
-                self._again(request, outcome.failure or "no reason given")
+                self._count_try(request, outcome.failure or "no reason given")
+                self._waiting.appendleft(request)
             else:
                 self._forget(outcome.episode_id)
                 finished.append(outcome.trajectory)
         return finished
 
-    def lost(self, actor: int, reason: str) -> None:
-        """The actor died: its episodes wait again, and it gets no work until `back`."""
+    def lost(self, actor: int, reason: str, num_begun: int) -> None:
+        """The actor died: its episodes wait again, in their order and before all others, and it gets no work until `back`.
+
+        num_begun: at most so many, the first of them, had begun. The others only queued there, and it costs them no try.
+        """
         self._absent.add(actor)
-        requests, self._running[actor] = self._running[actor], {}
-        for request in requests.values():
-            self._again(request, reason)
+        requests, self._running[actor] = list(self._running[actor].values()), {}
+        for request in requests[:num_begun]:
+            self._count_try(request, reason)
+        self._waiting.extendleft(reversed(requests))
 
     def back(self, actor: int) -> None:
         self._absent.discard(actor)
@@ -118,14 +123,13 @@ class Assignment:
         self._ids.discard(episode_id)
         self._tries.pop(episode_id, None)
 
-    def _again(self, request: EpisodeRequest, reason: str) -> None:
+    def _count_try(self, request: EpisodeRequest, reason: str) -> None:
         tries = self._tries[request.episode_id] = self._tries.get(request.episode_id, 1) + 1
         if tries > self._max_tries:
             raise RolloutError(
                 f"episode {request.episode_id} of task {request.task.id} failed {self._max_tries} times (rollout.max_tries); last: {reason}"
             )
         self.num_rerun += 1
-        self._waiting.appendleft(request)
 
     def describe(self) -> str:
         running = [f"RolloutActor {i}{' (down)' if i in self._absent else ''}: {len(r)} running" for i, r in enumerate(self._running)]

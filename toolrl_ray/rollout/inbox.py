@@ -13,8 +13,12 @@ from toolrl_ray.types import Completion, EpisodeRequest, GenerateFn, SamplingPar
 
 log = logging.getLogger(__name__)
 
-
 LINGER_S = 0.1  # finished episodes are handed over together with those that finish so soon after: a message costs both sides
+
+
+def num_places(max_in_flight: int) -> int:
+    """Episodes that sample at once: an eighth more than the engine runs."""
+    return max_in_flight + max_in_flight // 8
 
 
 class Inbox:
@@ -35,7 +39,7 @@ class Inbox:
         self._some = asyncio.Event()
 
     def submit(self, requests: list[EpisodeRequest], max_in_flight: int) -> None:
-        self._places = max_in_flight + max_in_flight // 8
+        self._places = num_places(max_in_flight)
         self._waiting.extend(requests)
         self._start()
 

@@ -19,6 +19,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from toolrl_ray.config import RunConfig
 from toolrl_ray.errors import RolloutError, ToolRLError
 from toolrl_ray.rollout.assignment import Assignment
+from toolrl_ray.rollout.inbox import num_places
 from toolrl_ray.types import EpisodeRequest, Trajectory
 
 log = logging.getLogger(__name__)
@@ -201,7 +202,7 @@ class RolloutPool:
         reason = " ".join(str(error).split())[:300]
         self._actors[index].cancel.remote(self._book.running(index))  # it may be alive, but nothing of these may come from it any more
         self._loaded.discard(index)
-        self._book.lost(index, reason)
+        self._book.lost(index, reason, num_places(self._max_in_flight))
         if self._restarts_in_a_row[index] > MAX_RESTARTS_IN_A_ROW:
             message = f"RolloutActor {index} died {MAX_RESTARTS_IN_A_ROW} times in a row; last: {reason}"
             if not self._book.present:

@@ -36,7 +36,7 @@ def test_a_death_costs_that_actors_episodes_and_nothing_else():
     assignment = book(6, num_actors=2)
     first, second = assignment.next_for(0, 3), assignment.next_for(1, 3)
     assignment.take(0, [finished(first[0])])
-    assignment.lost(0, "killed")
+    assignment.lost(0, "killed", num_begun=3)
     assert assignment.next_for(0, 3) == []
     assignment.take(1, [finished(r) for r in second])
     again = assignment.next_for(1, 3)
@@ -44,6 +44,23 @@ def test_a_death_costs_that_actors_episodes_and_nothing_else():
     assert assignment.num_rerun == 2
     assignment.take(1, [finished(r) for r in again])
     assert assignment.num_outstanding == 0
+
+
+def test_the_episodes_of_a_dead_actor_run_again_first_and_in_their_order():
+    assignment = book(8, num_actors=2)
+    assignment.next_for(0, 4)
+    assignment.lost(0, "killed", num_begun=4)
+    assert [r.episode_id for r in assignment.next_for(1, 8)] == [f"e{i}" for i in range(8)]
+
+
+def test_a_death_costs_no_try_of_the_episodes_that_only_queued_there():
+    assignment = book(6, num_actors=1, max_tries=2)
+    for _ in range(3):  # more often than an episode may be tried
+        assignment.back(0)
+        handed = assignment.next_for(0, 6)
+        assignment.take(0, [finished(handed[0])])
+        assignment.lost(0, "killed", num_begun=1)
+    assert (assignment.num_rerun, assignment.num_outstanding) == (3, 3)
 
 
 def test_an_episode_that_keeps_failing_is_named():
@@ -94,7 +111,7 @@ def test_every_request_is_finished_exactly_once_whatever_dies(data):
         if action == "add" and to_come:
             assignment.add([to_come.pop()])
         elif action == "die":
-            assignment.lost(actor, "killed")
+            assignment.lost(actor, "killed", num_begun=bound)
             running[actor] = []
         elif action == "back":
             assignment.back(actor)
