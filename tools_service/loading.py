@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -16,7 +17,10 @@ class LoadingError(Exception):
 
 
 def load_module(spec: str) -> ModuleType:
-    """spec: "package.module" or "path/to/file.py". Raises LoadingError, whatever goes wrong in the module."""
+    """spec: "package.module" or "path/to/file.py". Raises LoadingError, whatever goes wrong in the module.
+
+    A file's module has the same name in every process: objects of its classes unpickle wherever it has been loaded.
+    """
     if not spec.endswith(".py"):
         try:
             return importlib.import_module(spec)
@@ -28,7 +32,7 @@ def load_module(spec: str) -> ModuleType:
     path = Path(spec).absolute()
     if not path.is_file():
         raise LoadingError(f"no file {str(path)!r}")
-    name = f"toolrl_user_{path.stem}_{abs(hash(str(path))):x}"
+    name = f"toolrl_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
     if name not in sys.modules:
         module_spec = importlib.util.spec_from_file_location(name, path)
         assert module_spec is not None and module_spec.loader is not None

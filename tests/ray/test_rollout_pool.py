@@ -7,6 +7,8 @@ import os
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
+from types import ModuleType
 
 import pytest
 import ray
@@ -141,6 +143,36 @@ def test_an_actor_that_keeps_dying_is_given_up_and_without_another_the_run_ends(
     alone.submit(requests(2))
     with pytest.raises(RolloutError, match="RolloutActor 0 died 1 times in a row"):
         polled(alone, 2)
+
+
+def test_requests_that_an_actor_cannot_read_end_the_run_at_once_and_are_named(make, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "of_this_process", ModuleType("of_this_process"))
+
+    @dataclass(frozen=True)
+    class OwnTask(Task):
+        pass
+
+    OwnTask.__module__, OwnTask.__qualname__ = "of_this_process", "OwnTask"
+    sys.modules["of_this_process"].OwnTask = OwnTask
+    pool = make(Actor.remote(), Actor.remote())
+    pool.start()
+    pool.submit([EpisodeRequest("0:0", "0", OwnTask("t/0", "1+1", "2", "t"))])
+    with pytest.raises(RolloutError, match="^RolloutActor 0 cannot read the requests for its episodes: .*No module named 'of_this_process'$"):
+        polled(pool, 1, timeout_s=30)
+
+
+@pytest.mark.parametrize("fate", ["fails", "dies"])
+def test_an_actor_that_cannot_take_requests_is_replaced_and_one_that_never_can_is_given_up(fate, make, monkeypatch) -> None:
+    monkeypatch.setattr(module, "MAX_RESTARTS_IN_A_ROW", 1)
+    pool = make(Actor.remote(), Actor.remote("submit", fate), max_in_flight=4)
+    pool.start()
+    pool.submit(requests(40))
+    assert polled(pool, 40) == Counter({f"{i}:0": 1 for i in range(40)})
+    alone = make(Actor.remote("submit", fate, always=True), max_tries=9)
+    alone.start()
+    alone.submit(requests(2))
+    with pytest.raises(RolloutError, match="RolloutActor 0 died 1 times in a row"):
+        polled(alone, 2, timeout_s=30)
 
 
 def test_what_was_called_off_is_not_handed_back_and_the_same_episodes_can_be_asked_for_again(make) -> None:

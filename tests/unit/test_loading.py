@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import subprocess
 import sys
 from pathlib import Path
 
@@ -59,6 +61,16 @@ def test_a_file_that_is_mended_loads(tmp_path: Path) -> None:
     path.write_text("value = 12345\n")
     assert load_module(str(path)).value == 12345
     assert load_name(f"{path}:value") == 12345
+
+
+def test_objects_of_a_files_classes_unpickle_in_every_process_that_has_loaded_it(tmp_path: Path) -> None:
+    path = tmp_path / "classes.py"
+    path.write_text("class Mine:\n    value = 7\n")
+    (tmp_path / "mine.pickle").write_bytes(pickle.dumps(load_module(str(path)).Mine()))
+    code = f"from tools_service.loading import load_module; load_module({str(path)!r})\n"
+    code += f"import pickle; print(pickle.load(open({str(tmp_path / 'mine.pickle')!r}, 'rb')).value)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "7\n", done.stderr
 
 
 @pytest.mark.parametrize("spec", ["package_that_is_not_there", "json.not_there", "", ".relative"])

@@ -33,7 +33,9 @@ class LearnerActor:
         import torch
 
         from toolrl_ray.learner.update import Learner
+        from toolrl_ray.tasks.module import task_module
 
+        task_module(self.config.task)  # trajectories hold tasks, and those of a class of its own unpickle only where it is loaded
         torch.set_num_threads(self.config.learner.num_threads)
         self.learner = Learner(self.config, self.policy_dir, self.rank, self.world_size, init_method)
 

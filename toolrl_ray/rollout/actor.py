@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+from contextlib import suppress
 from typing import Any
 
 import ray
 
 from toolrl_ray.config import RunConfig
+from toolrl_ray.errors import ConfigError
 from toolrl_ray.rollout.assignment import Outcome
 from toolrl_ray.rollout.inbox import Inbox
 from toolrl_ray.rollout.load import load_call_format, load_codec, load_engine
 from toolrl_ray.rollout.runner import EpisodeRunner
+from toolrl_ray.tasks.module import task_module
 from toolrl_ray.tools.serve_client import ToolClient
 from toolrl_ray.types import EpisodeRequest
 
@@ -27,6 +30,8 @@ class RolloutActor:
         self._weight_backend = weight_backend
         self._tools_app = tools_app
         self._starting = asyncio.Lock()
+        with suppress(ConfigError):  # which `start` raises
+            task_module(config.task)  # requests with tasks of a class of its own unpickle only where it is loaded
 
     @ray.method(max_task_retries=-1)  # waits for Ray to restart the process; the caller sets the deadline
     async def start(self) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RaySystemError, RayTaskError
 
 from toolrl_ray.config import RunConfig
 from toolrl_ray.errors import RolloutError, ToolRLError
@@ -67,6 +67,7 @@ class RolloutPool:
         num_actors = max(len(actors), config.rollout.max_actors or 0)
         self._book = Assignment(num_actors, config.rollout.max_tries, absent=range(len(actors), num_actors))
         self._takes: dict[Any, tuple[int, float]] = {}  # pending `take` -> (actor, asked at)
+        self._submits: dict[Any, int] = {}  # pending `submit` -> actor
         self._starts: dict[Any, tuple[int, float]] = {}  # pending `start` of an actor that is not up -> (actor, asked at)
         self._loaded: set[int] = set()  # up, but not yet given the current weights
         self._missed: deque[int] = deque()  # found dead by `reachable`
@@ -135,19 +136,22 @@ class RolloutPool:
     def poll(self, max_wait_s: float = TAKE_WAIT_S) -> list[Trajectory]:
         """What has finished since the last call; waits for it at most `max_wait_s`.
 
-        Raises RolloutError when actors keep dying, or none has been there for rollout.start_timeout_s.
+        Raises RolloutError when actors keep dying, none has been there for rollout.start_timeout_s, or one cannot read its requests.
         """
         self._admit_loaded()
         self._hand_out()
         finished: list[Trajectory] = []
         if waiting := [*self._takes, *self._starts]:
             ray.wait(waiting, num_returns=1, timeout=max_wait_s)
-            ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
+            refs = [*waiting, *self._submits]  # a `submit` that is over is no reason to wake up: there is a `take` with it
+            ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
             for ref in ready:
                 if ref in self._starts:
                     self._rejoin(ref)
-                else:
+                elif ref in self._takes:
                     finished += self._take(ref)
+                elif ref in self._submits:
+                    self._submitted(ref)
         elif max_wait_s:
             time.sleep(min(max_wait_s, IDLE_S))
         self._kill_unresponsive()
@@ -179,9 +183,19 @@ class RolloutPool:
         asked = {index for index, _ in self._takes.values()}
         for index, actor in enumerate(self._actors):
             if requests := self._book.next_for(index, AHEAD * self._max_in_flight):
-                actor.submit.remote(requests, self._max_in_flight)  # a death in between shows in `take`
+                self._submits[actor.submit.remote(requests, self._max_in_flight)] = index
             if self._book.num_running(index) and index not in asked:
                 self._takes[actor.take.remote(TAKE_WAIT_S)] = (index, time.monotonic())
+
+    def _submitted(self, ref: Any) -> None:
+        index = self._submits.pop(ref)
+        try:
+            ray.get(ref, timeout=FETCH_S)
+        except RayError as error:
+            if isinstance(error, RayTaskError) and isinstance(error.cause, RaySystemError):  # the same whenever it is tried
+                reason = str(error).strip().splitlines()[-1]
+                raise RolloutError(f"RolloutActor {index} cannot read the requests for its episodes: {reason}") from None
+            self._lost(index, error)
 
     def _take(self, ref: Any) -> list[Trajectory]:
         index, _ = self._takes.pop(ref)
@@ -201,6 +215,7 @@ class RolloutPool:
         self._restarts_in_a_row[index] += 1
         reason = " ".join(str(error).split())[:300]
         self._actors[index].cancel.remote(self._book.running(index))  # it may be alive, but nothing of these may come from it any more
+        self._submits = {ref: other for ref, other in self._submits.items() if other != index}
         self._loaded.discard(index)
         self._book.lost(index, reason, num_places(self._max_in_flight))
         if self._restarts_in_a_row[index] > MAX_RESTARTS_IN_A_ROW:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -27,6 +30,15 @@ def test_memory_of_a_shared_gpu_is_given_back_after_each_update(overrides, order
     actor.learner = Learner()
     assert actor.update([]) == {"ppo/lr": 0.1}
     assert calls == order
+
+
+def test_the_task_module_is_there_before_the_first_trajectory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "for_the_learner.py"
+    path.write_text("def load_tasks(config): ...\ndef render_prompt(task, few_shot): ...\ndef reward(trajectory): ...\n")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("toolrl_ray.learner.update.Learner", lambda *args: None)
+    LearnerActor(load("calculator", ["learner.num_threads=1", f"task.module={path}"]), "").start()
+    assert [name for name in sys.modules if name.startswith("toolrl_user_for_the_learner_")]
 
 
 def test_a_new_connection_closes_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
