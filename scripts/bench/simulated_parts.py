@@ -70,8 +70,8 @@ class SimActor:
 
         self.inbox.run = run
 
-    def submit(self, message: bytes, max_in_flight: int) -> None:
-        self.inbox.submit(pickle.loads(message), max_in_flight)
+    def submit(self, message: bytes, max_in_flight: int, era: int) -> None:
+        self.inbox.submit(pickle.loads(message), max_in_flight, era)
 
 
 class SimRollout:
@@ -128,7 +128,7 @@ class SimRollout:
     def _hand_out(self) -> None:
         for index, actor in enumerate(self.actors):
             if requests := self._book.next_for(index, AHEAD * self._max_in_flight):
-                self._loop.call_soon_threadsafe(actor.submit, pickle.dumps(requests), self._max_in_flight)
+                self._loop.call_soon_threadsafe(actor.submit, pickle.dumps(requests), self._max_in_flight, self._book.era)
             if self._book.num_running(index) and index not in self._asked:
                 self._asked.add(index)
                 asyncio.run_coroutine_threadsafe(self._send(index), self._loop)
@@ -147,7 +147,8 @@ class SimRollout:
             self._loop.call_soon_threadsafe(self.actors[index].inbox.cancel, here)
 
     def cancel_all(self) -> None:
-        self.cancel(self._book.outstanding())
+        for index, here in self._book.cancel_all().items():
+            self._loop.call_soon_threadsafe(self.actors[index].inbox.cancel, here)
 
     def describe(self) -> str:
         return self._book.describe()

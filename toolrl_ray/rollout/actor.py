@@ -55,8 +55,8 @@ class RolloutActor:
             gc.freeze()
             return os.getpid()
 
-    async def submit(self, requests: list[EpisodeRequest], max_in_flight: int) -> None:
-        self._inbox.submit(requests, max_in_flight)
+    async def submit(self, requests: list[EpisodeRequest], max_in_flight: int, era: int) -> None:
+        self._inbox.submit(requests, max_in_flight, era)
 
     async def cancel(self, episode_ids: list[str]) -> None:
         self._inbox.cancel(episode_ids)

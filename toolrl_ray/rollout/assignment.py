@@ -19,16 +19,21 @@ MAX_DESCRIBED = 8  # actors one by one
 @dataclass(frozen=True)
 class Outcome:
     """How one episode ended: with a trajectory, or with the reason why the harness could not run it, or with the mistake of a person,
-    which no second try mends."""
+    which no second try mends. era: see Assignment."""
 
     episode_id: str
     trajectory: Trajectory | None
     failure: str | None = None
     mistake: UserError | None = None
+    era: int = 0
 
 
 class Assignment:
-    """absent: actors that get no work until they are `back`."""
+    """absent: actors that get no work until they are `back`.
+
+    era: travels with the requests and comes back with their outcomes; those of another era are dropped. So one that is late to be called
+    off is not taken for the same episode asked for again.
+    """
 
     def __init__(self, num_actors: int, max_tries: int, absent: Iterable[int] = ()):
         self._waiting: deque[EpisodeRequest] = deque()
@@ -37,6 +42,7 @@ class Assignment:
         self._ids: set[str] = set()
         self._tries: dict[str, int] = {}
         self._max_tries = max_tries
+        self.era = 0
         self.num_rerun = 0  # episodes started again because their actor died or the harness failed
 
     def add(self, requests: Collection[EpisodeRequest]) -> None:
@@ -75,6 +81,8 @@ class Assignment:
         """Book what an actor handed over; returns the trajectories that were waited for. Raises the UserError that one ended with."""
         finished = []
         for outcome in outcomes:
+            if outcome.era != self.era:
+                continue
             request = self._running[actor].pop(outcome.episode_id, None)
             if request is None:
                 continue  # called off
@@ -116,8 +124,10 @@ class Assignment:
             self._forget(episode_id)
         return running
 
-    def outstanding(self) -> list[str]:
-        return sorted(self._ids)
+    def cancel_all(self) -> dict[int, list[str]]:
+        """The same for all, and a new era begins."""
+        self.era += 1
+        return self.cancel(self._ids.copy())
 
     def _forget(self, episode_id: str) -> None:
         self._ids.discard(episode_id)

@@ -31,22 +31,23 @@ class Inbox:
 
     def __init__(self) -> None:
         self.run: Callable[[EpisodeRequest], Awaitable[Trajectory]]
-        self._waiting: deque[EpisodeRequest] = deque()
+        self._waiting: deque[tuple[EpisodeRequest, int]] = deque()  # with their eras
         self._places = 1
         self._running: set[asyncio.Task[None]] = set()
         self._away: set[asyncio.Task[None]] = set()  # those between two completions
         self._finished: list[Outcome] = []
         self._some = asyncio.Event()
 
-    def submit(self, requests: list[EpisodeRequest], max_in_flight: int) -> None:
+    def submit(self, requests: list[EpisodeRequest], max_in_flight: int, era: int = 0) -> None:
+        """era: handed back with the outcomes of these requests."""
         self._places = num_places(max_in_flight)
-        self._waiting.extend(requests)
+        self._waiting.extend((request, era) for request in requests)
         self._start()
 
     def cancel(self, episode_ids: list[str]) -> None:
         """Nothing of these is handed over any more. What they wait for, a completion or a tool, is called off with them."""
         gone = set(episode_ids)
-        self._waiting = deque(request for request in self._waiting if request.episode_id not in gone)
+        self._waiting = deque(waiting for waiting in self._waiting if waiting[0].episode_id not in gone)
         self._finished = [outcome for outcome in self._finished if outcome.episode_id not in gone]
         for task in self._running:
             if task.get_name() in gone:
@@ -67,8 +68,8 @@ class Inbox:
 
     def _start(self) -> None:
         while self._waiting and len(self._running) - len(self._away) < self._places:
-            request = self._waiting.popleft()
-            task = asyncio.create_task(self._run(request), name=request.episode_id)
+            request, era = self._waiting.popleft()
+            task = asyncio.create_task(self._run(request, era), name=request.episode_id)
             self._running.add(task)
             task.add_done_callback(self._ended)
 
@@ -89,13 +90,13 @@ class Inbox:
         self._some.clear()
         return finished
 
-    async def _run(self, request: EpisodeRequest) -> None:
+    async def _run(self, request: EpisodeRequest, era: int) -> None:
         try:
-            outcome = Outcome(request.episode_id, await self.run(request))
+            outcome = Outcome(request.episode_id, await self.run(request), era=era)
         except UserError as error:
-            outcome = Outcome(request.episode_id, None, mistake=error)
+            outcome = Outcome(request.episode_id, None, mistake=error, era=era)
         except Exception as error:
             log.exception("episode %s failed in the harness", request.episode_id)
-            outcome = Outcome(request.episode_id, None, f"{type(error).__name__}: {error}")
+            outcome = Outcome(request.episode_id, None, f"{type(error).__name__}: {error}", era=era)
         self._finished.append(outcome)
         self._some.set()

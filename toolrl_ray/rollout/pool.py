@@ -158,16 +158,15 @@ class RolloutPool:
         return finished
 
     def cancel(self, episode_ids: Collection[str]) -> None:
-        for index, here in self._book.cancel(episode_ids).items():
-            self._actors[index].cancel.remote(here)
+        self._call_off(self._book.cancel(episode_ids))
 
     def cancel_all(self) -> None:
         """Nothing that was submitted is handed back any more, even if the same episodes are submitted again."""
-        self.cancel(self._book.outstanding())
-        if self._takes:  # those on their way hold episodes that were called off
-            ray.wait(list(self._takes), num_returns=len(self._takes), timeout=2 * TAKE_WAIT_S)
-            for ref in ray.wait(list(self._takes), num_returns=len(self._takes), timeout=0)[0]:
-                self._take(ref)
+        self._call_off(self._book.cancel_all())
+
+    def _call_off(self, running: dict[int, list[str]]) -> None:
+        for index, episode_ids in running.items():
+            self._actors[index].cancel.remote(episode_ids)
 
     def _admit_loaded(self) -> None:
         if self._loaded and self._readmit():
@@ -183,7 +182,7 @@ class RolloutPool:
         asked = {index for index, _ in self._takes.values()}
         for index, actor in enumerate(self._actors):
             if requests := self._book.next_for(index, AHEAD * self._max_in_flight):
-                self._submits[actor.submit.remote(requests, self._max_in_flight)] = index
+                self._submits[actor.submit.remote(requests, self._max_in_flight, self._book.era)] = index
             if self._book.num_running(index) and index not in asked:
                 self._takes[actor.take.remote(TAKE_WAIT_S)] = (index, time.monotonic())
 

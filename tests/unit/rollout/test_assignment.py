@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -85,6 +86,18 @@ def test_an_episode_that_was_called_off_is_not_handed_back():
     assert assignment.cancel(["e1", "e2"]) == {0: ["e1"]}
     assert assignment.take(0, [finished(r) for r in running]) == [finished(running[0]).trajectory]
     assert assignment.num_outstanding == 0 and assignment.next_for(0, 2) == []
+
+
+def test_what_was_called_off_with_all_else_is_not_taken_for_the_same_episode_asked_for_again():
+    assignment = book(2, num_actors=1)
+    before = assignment.next_for(0, 2)
+    assert assignment.cancel_all() == {0: ["e0", "e1"]} and assignment.num_outstanding == 0
+    assignment.add(requests(2))
+    assert assignment.next_for(0, 2) == before
+    assert assignment.take(0, [finished(before[0]), Outcome("e1", None, "x")]) == []
+    again = replace(finished(before[0]), era=assignment.era)
+    assert assignment.take(0, [again]) == [again.trajectory]
+    assert assignment.num_outstanding == 1
 
 
 def test_an_actor_that_comes_later_gets_its_share_and_one_that_is_asked_for_twice_is_refused():

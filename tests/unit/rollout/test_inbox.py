@@ -129,3 +129,16 @@ async def test_an_episode_that_is_called_off_ends_and_is_not_handed_over_whether
     await settle()
     inbox.cancel(["e6"])  # that has finished
     assert sorted(o.episode_id for o in await inbox.take(5)) == ["e4", "e7"]
+
+
+async def test_every_outcome_bears_the_era_of_its_request():
+    inbox = Inbox()
+    episodes = Episodes(inbox)
+    episodes.called.set()
+    inbox.submit(REQUESTS[:3], 1, era=1)
+    inbox.submit(REQUESTS[3:4], 1, era=2)
+    episodes.sampled.set()
+    outcomes = []
+    while len(outcomes) < 4:
+        outcomes += await inbox.take(5)
+    assert {o.episode_id: o.era for o in outcomes} == {"e0": 1, "e1": 1, "e2": 1, "e3": 2}
