@@ -73,8 +73,8 @@ class Actor:
         self._note("take")
         return await self.inbox.take(max_wait_s)
 
-    async def stats(self) -> dict[str, float]:
-        return {"calls": 1.0}
+    async def stats(self) -> tuple[int, dict[str, float]]:
+        return os.getpid(), {"calls": 1.0}
 
 
 @pytest.fixture
@@ -123,6 +123,7 @@ def test_the_episodes_of_an_actor_that_stops_answering_are_run_by_others_and_it_
     monkeypatch.setattr(module, "UNRESPONSIVE_S", 3.0)
     pool = make(Actor.remote(), Actor.remote("take", fate), max_in_flight=4)
     pool.start()
+    assert pool.tool_stats() == {"calls": 2.0}
     pool.submit(requests(40))
     assert polled(pool, 40) == Counter({f"{i}:0": 1 for i in range(40)})
     assert pool.num_rerun > 0 and pool.num_outstanding == 0
@@ -132,6 +133,7 @@ def test_the_episodes_of_an_actor_that_stops_answering_are_run_by_others_and_it_
     assert pool.num_restarts == 1
     pool.submit(requests(8))
     assert polled(pool, 8).total() == 8
+    assert pool.tool_stats() == {"calls": 3.0}
 
 
 def test_an_actor_that_keeps_dying_is_given_up_and_without_another_the_run_ends(make, monkeypatch, caplog) -> None:

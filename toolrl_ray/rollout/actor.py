@@ -64,8 +64,9 @@ class RolloutActor:
     async def take(self, max_wait_s: float) -> list[Outcome]:
         return await self._inbox.take(max_wait_s)
 
-    async def stats(self) -> dict[str, float]:
-        return self._tools.stats()
+    async def stats(self) -> tuple[int, dict[str, int]]:
+        """This process's id, and what its tool client has counted."""
+        return os.getpid(), self._tools.stats()
 
     async def pause(self) -> None:
         self._runner.clock.stop()

@@ -20,6 +20,7 @@ from toolrl_ray.config import RunConfig
 from toolrl_ray.errors import RolloutError, ToolRLError
 from toolrl_ray.rollout.assignment import Assignment
 from toolrl_ray.rollout.inbox import num_places
+from toolrl_ray.tools.stats import ClientCounts
 from toolrl_ray.types import EpisodeRequest, Trajectory
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ TAKE_WAIT_S = 2.0
 IDLE_S = 0.05
 PING_S = 10.0
 FETCH_S = 30.0
+STATS_S = 10.0
 AHEAD = 2  # an actor is given so many times what it runs at once, so that it never waits for this process
 UNRESPONSIVE_S = 120.0  # a process that does not answer `take` for so long is killed and replaced
 MAX_RESTARTS_IN_A_ROW = 3  # of one actor, with no episode finished in between
@@ -73,6 +75,7 @@ class RolloutPool:
         self._missed: deque[int] = deque()  # found dead by `reachable`
         self._told: set[int] = set()  # of those that are not ready for long, a person knows
         self._restarts_in_a_row = [0] * num_actors
+        self._client_counts = ClientCounts()
         self.pids: list[int | None] = [None] * num_actors  # of their processes, as far as they are known
         self.num_restarts = 0
 
@@ -263,13 +266,11 @@ class RolloutPool:
         return self._book.describe()
 
     def tool_stats(self) -> dict[str, float]:
-        """Sums of the tool clients' counters over the actors that answer, and the service's own."""
-        total: dict[str, float] = {}
-        for ref in [self._actors[index].stats.remote() for index in self._book.present]:
+        """Sums of the tool clients' counters since the start, as far as they are known, and the service's own."""
+        refs = {self._actors[index].stats.remote(): index for index in self._book.present}
+        for ref in ray.wait(list(refs), num_returns=len(refs), timeout=STATS_S)[0] if refs else []:
             try:
-                stats = ray.get(ref, timeout=10)
-            except (RayError, GetTimeoutError):
+                self._client_counts.answered(refs[ref], *ray.get(ref, timeout=FETCH_S))
+            except RayError:
                 continue
-            for key, value in stats.items():
-                total[key] = total.get(key, 0) + value
-        return total | self._service_stats()
+        return self._client_counts.total() | self._service_stats()

@@ -27,15 +27,30 @@ def count_call(counts: Counter[str], tool: str, status: ToolStatus, latency_s: f
     counts[f"{tool}/latency_bucket/{bucket}"] += 1
 
 
-def tool_metrics(stats: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
-    """Metrics of a step from the counts after it and before it: `tools/client/*` and `tools/NAME/service/*` since the start,
-    `tools/NAME/*` in the step.
+class ClientCounts:
+    """Sums over the clients of all processes that there have been, which never fall: one that ended or does not answer counts as it last
+    answered, and one in its place starts from 0 beside it."""
 
-    A client that was replaced in the step starts from 0 again; counts below those before are taken as they are.
-    """
+    def __init__(self) -> None:
+        self._last: dict[tuple[int, int], Mapping[str, float]] = {}
+
+    def answered(self, actor: int, pid: int, counts: Mapping[str, float]) -> None:
+        """counts: of that process of the actor, since its start."""
+        self._last[actor, pid] = counts
+
+    def total(self) -> dict[str, float]:
+        total: Counter[str] = Counter()
+        for counts in self._last.values():
+            total.update(counts)
+        return dict(total)
+
+
+def tool_metrics(stats: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
+    """Metrics of a step from the counts after it and before it, which never fall: `tools/client/*` and `tools/NAME/service/*` since the
+    start, `tools/NAME/*` in the step."""
     metrics = {f"tools/client/{key}": value for key, value in stats.items() if "/" not in key or key.startswith("status/")}
     metrics |= {f"tools/{key}": value for key, value in stats.items() if "/service/" in key}
-    step = {key: value - before.get(key, 0) if value >= before.get(key, 0) else value for key, value in stats.items()}
+    step = {key: value - before.get(key, 0) for key, value in stats.items()}
     for tool in sorted({key.partition("/")[0] for key in stats if "/" in key} - {"status"}):
         own = {key.removeprefix(f"{tool}/"): value for key, value in step.items() if key.startswith(f"{tool}/")}
         buckets = {int(key.rpartition("/")[2]): value for key, value in own.items() if key.startswith("latency_bucket/")}

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from toolrl_ray.tools.stats import BUCKET_FACTOR, count_call, isolations, tool_metrics
+from toolrl_ray.tools.stats import BUCKET_FACTOR, ClientCounts, count_call, isolations, tool_metrics
 from tools_service.protocol import ToolStatus
 
 
@@ -43,8 +43,22 @@ def test_a_tools_metrics_are_of_the_step_and_the_clients_of_the_run():
     }
 
 
-def test_a_client_that_was_replaced_counts_from_zero():
-    assert tool_metrics(counted(0.1, 0.1), counted(*[0.1] * 7))["tools/T/calls"] == 2
+def test_a_step_in_which_a_process_dies_is_silent_or_joins_counts_its_own_calls_alone():
+    counts = ClientCounts()
+
+    def calls_of_step(*answers: tuple[int, int, int]) -> float:
+        """answers: (actor, process, calls since its start)."""
+        before = counts.total()
+        for actor, pid, num_calls in answers:
+            counts.answered(actor, pid, counted(*[0.1] * num_calls))
+        return tool_metrics(counts.total(), before)["tools/T/calls"]
+
+    assert calls_of_step((0, 10, 50), (1, 11, 40)) == 90
+    assert calls_of_step((0, 10, 56)) == 6  # the other is silent
+    assert calls_of_step((0, 10, 57), (1, 11, 45)) == 6
+    assert calls_of_step((0, 10, 60), (1, 12, 48)) == 51  # it was replaced, and its process has done more than the one before
+    assert calls_of_step((0, 10, 60), (1, 12, 49), (2, 10, 3)) == 4  # a third one has joined
+    assert calls_of_step() == 0
 
 
 def test_a_step_without_calls_has_no_percentiles_and_no_hit_rate():
