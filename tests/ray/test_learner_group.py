@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
+from typing import NoReturn
 
 import pytest
 import ray
 from learner_synthetic import run_config
+from ray import cloudpickle
 
 from toolrl_ray.errors import LearnerError, LearnerLost
 from toolrl_ray.learner.group import LearnerGroup
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a worker process cannot import what this file imports
+
+
+def raise_what_does_not_unpickle() -> NoReturn:
+    """As a library's exception may be: made of two arguments, and pickled as if made of its message alone."""
+
+    class OfTwo(Exception):
+        def __init__(self, first: str, second: str):
+            super().__init__(f"{first} {second}")
+
+    raise OfTwo("no unpickling", "of this")
 
 
 @ray.remote(num_cpus=0)
@@ -38,6 +53,8 @@ class ScriptedLearner:
             time.sleep(600)
         if fate == "fails":
             raise RuntimeError("Connection closed by peer")
+        if fate == "chokes":
+            raise_what_does_not_unpickle()
 
     def load_state(self, directory: str) -> None:
         raise LearnerError(f"{directory} is of another model")
@@ -79,6 +96,12 @@ def test_a_lost_rank_is_told_from_a_failed_one_and_the_group_starts_again(group,
     assert group.actors is actors
     assert (before["rank"], before["num"]) == (after["rank"], after["num"]) == (0, 3)
     assert before["pid"] != after["pid"] and after["address"] == f"tcp://{after['pid']}"
+
+
+def test_an_exception_that_does_not_unpickle_is_no_death(group):
+    with pytest.raises(LearnerError, match="learner rank 0 failed in save_state:\n(.|\n)*OfTwo: no unpickling of this") as failed:
+        group.save_state("0 chokes")
+    assert type(failed.value) is LearnerError
 
 
 @pytest.mark.parametrize("method", ["save_policy", "save_state", "load_state"])

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import NoReturn
 
 import pytest
 import ray
@@ -26,6 +27,16 @@ TIMEOUT_S = 2.0
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a worker process cannot import what this file imports
 
 
+def raise_what_does_not_unpickle() -> NoReturn:
+    """As a library's exception may be: made of two arguments, and pickled as if made of its message alone."""
+
+    class OfTwo(Exception):
+        def __init__(self, first: str, second: str):
+            super().__init__(f"{first} {second}")
+
+    raise OfTwo("no unpickling", "of this")
+
+
 def misbehave(fate: str) -> None:
     if fate == "hangs":
         time.sleep(600)
@@ -35,6 +46,8 @@ def misbehave(fate: str) -> None:
         os._exit(1)
     if fate == "fails":
         raise RuntimeError("out of\nmemory")
+    if fate == "chokes":
+        raise_what_does_not_unpickle()
 
 
 @ray.remote(num_cpus=0, max_restarts=-1)
@@ -163,6 +176,7 @@ def check_frozen_until_whole(log: list[str]) -> None:
         ("start_weight_update", "fails", "RolloutActor 1 failed in phase start_weight_update: RuntimeError: out of memory"),
         ("update_weights", "hangs", r"RolloutActor \[1\] did not answer phase update_weights within 2 s"),
         ("update_weights", "dies", r"RolloutActor 1 failed in phase update_weights: Actor(Died|Unavailable)Error"),
+        ("update_weights", "chokes", "RolloutActor 1 failed in phase update_weights: .*OfTwo: no unpickling of this"),
         ("finish_weight_update", "fails", "RolloutActor 1 failed in phase finish_weight_update: RuntimeError: out of memory"),
         ("resume", "hangs", r"RolloutActor \[1\] did not answer phase resume within 2 s"),
     ],
@@ -177,6 +191,8 @@ def test_an_engine_that_misbehaves_is_named_and_the_others_get_their_weights(pha
     assert pytest.approx(1.0) == seen(healthy)[1]
     assert re.search(message, warning), warning
     assert "trying again (2 of 3)" in warning
+    if fate == "chokes":
+        assert answer(bad.start.remote) == 1, "it was not replaced"
     log, _ = seen(healthy)
     check_frozen_until_whole(log)
     assert "finish_weight_update3" in log
@@ -206,6 +222,13 @@ def test_a_learner_that_is_lost_is_not_asked_again(fate, message, make, caplog) 
     with pytest.raises(LearnerLost, match=message):
         sync.sync(1)
     assert caplog.messages == []
+
+
+def test_a_learner_whose_exception_does_not_unpickle_is_asked_again(make, caplog) -> None:
+    sync, _, _ = make(Engine.remote(), fate="chokes")
+    with pytest.raises(WeightSyncError, match="LearnerActor 0 failed in phase send: .*OfTwo: no unpickling of this$"):
+        sync.sync(1)
+    assert len(caplog.messages) == MAX_TRIES - 1
 
 
 @pytest.mark.timeout(120)  # of the 500 s that a phase has here

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError
 
 from toolrl_ray.config import RunConfig
 from toolrl_ray.errors import LearnerError, LearnerLost, ToolRLError
 from toolrl_ray.types import Trajectory
+from toolrl_ray.weights.client import RAISED
 
 DEATH_SHOWS_S = 20.0  # so long after a failure of one rank the death of another, which caused it, may become known
 
@@ -93,9 +94,9 @@ class LearnerGroup:
     def _result(what: str, rank: int, ref: Any) -> Any:
         try:
             return ray.get(ref, timeout=60)
-        except RayTaskError as error:
-            if isinstance(error.cause, ToolRLError):
-                raise error.cause from None
+        except RAISED as error:
+            if isinstance(cause := getattr(error, "cause", None), ToolRLError):
+                raise cause from None
             raise LearnerError(f"learner rank {rank} failed in {what}:\n{error}") from None
         except (RayError, GetTimeoutError) as error:
             raise LearnerLost(f"learner rank {rank} died in {what}: {' '.join(str(error).split())[:300]}") from None

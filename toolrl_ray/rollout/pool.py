@@ -22,6 +22,7 @@ from toolrl_ray.rollout.assignment import Assignment
 from toolrl_ray.rollout.inbox import num_places
 from toolrl_ray.tools.stats import ClientCounts
 from toolrl_ray.types import EpisodeRequest, Trajectory
+from toolrl_ray.weights.client import RAISED, what_it_raised
 
 log = logging.getLogger(__name__)
 TAKE_WAIT_S = 2.0
@@ -36,12 +37,10 @@ MAX_RESTARTS_IN_A_ROW = 3  # of one actor, with no episode finished in between
 
 def _start_error(index: int, error: RayError) -> ToolRLError:
     """A person's mistake as it is; anything else in one line, with the remote traceback in the log."""
-    cause = getattr(error, "cause", None) or error
-    if isinstance(cause, ToolRLError):
+    if isinstance(cause := getattr(error, "cause", None), ToolRLError):
         return cause
     log.debug("RolloutActor %d: %s", index, error)
-    reason = " ".join(str(cause).split())[:500]
-    return RolloutError(f"RolloutActor {index} could not load its engine: {type(cause).__name__}: {reason}")
+    return RolloutError(f"RolloutActor {index} could not load its engine: {what_it_raised(error)}")
 
 
 class RolloutPool:
@@ -234,7 +233,7 @@ class RolloutPool:
         index, _ = self._starts.pop(ref)
         try:
             self._note(index, ray.get(ref, timeout=TAKE_WAIT_S))
-        except RayTaskError as error:
+        except RAISED as error:
             return self._lost(index, _start_error(index, error))
         except RayError as error:  # its process died, or could not be made: no node, no runtime environment, no memory
             return self._lost(index, error)

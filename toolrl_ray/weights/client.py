@@ -7,12 +7,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError, UnserializableException
 
 from toolrl_ray.errors import LearnerLost, WeightSyncError
 
 GET_S = 10.0  # for an answer that is there
 AFTER_FAILURE_S = 10.0  # after one learner rank failed: for the others, which may be done soon or wait for it in a collective for ever
+
+# What an actor that lives has raised, the second of a class that does not unpickle here. Any other RayError is the loss of the actor.
+RAISED = (RayTaskError, UnserializableException)
+
+
+def what_it_raised(error: RayError) -> str:
+    """`CLASS: MESSAGE`, in one line."""
+    if isinstance(error, UnserializableException):
+        return str(error).strip().splitlines()[-1][:300]  # of the remote traceback
+    cause = getattr(error, "cause", None) or error
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
 
 
 class RayWeightClient:
@@ -64,7 +75,7 @@ def wait_all(phase: str, refs: list[Any], timeout_s: float, who: str = "RolloutA
         except RayError as error:
             failed[i] = error
     silent = [i for i, ref in enumerate(refs) if ref in late]
-    alone = [i for i, error in failed.items() if isinstance(error, RayTaskError)] if len(failed) < len(refs) else []
+    alone = [i for i, error in failed.items() if isinstance(error, RAISED)] if len(failed) < len(refs) else []
     for i in [*silent, *alone] if replace else []:
         ray.kill(replace[i], no_restart=False)
     if failed:  # the first cause before its effects
@@ -96,9 +107,7 @@ def _until_one_fails(refs: list[Any], timeout_s: float) -> tuple[list[Any], list
 
 
 def _failure(phase: str, who: str, index: int, error: RayError) -> Exception:
-    cause = getattr(error, "cause", None) or error
-    if isinstance(cause, WeightSyncError):
+    if isinstance(cause := getattr(error, "cause", None), WeightSyncError):
         return cause
-    kind = LearnerLost if who == "LearnerActor" and not isinstance(error, RayTaskError) else WeightSyncError
-    reason = " ".join(str(cause).split())[:300]
-    return kind(f"weight sync: {who} {index} failed in phase {phase}: {type(cause).__name__}: {reason}")
+    kind = LearnerLost if who == "LearnerActor" and not isinstance(error, RAISED) else WeightSyncError
+    return kind(f"weight sync: {who} {index} failed in phase {phase}: {what_it_raised(error)}")
