@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -27,8 +29,7 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a worker process 
 TASK = Task("t/0", "1+1", "2", "t")
 
 
-@ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=100)
-class Actor:
+class Scripted:
     """The surface of a RolloutActor that the pool sees, with the real inbox. fate: what befalls its first process in which method;
     always: every process."""
 
@@ -58,6 +59,7 @@ class Actor:
                 os._exit(1)
             raise RuntimeError("no such\nmodel")
 
+    @ray.method(max_task_retries=-1)
     async def start(self) -> int:
         self._note("start")
         return os.getpid()
@@ -75,6 +77,31 @@ class Actor:
 
     async def stats(self) -> tuple[int, dict[str, float]]:
         return os.getpid(), {"calls": 1.0}
+
+
+class HangingStart(Scripted):
+    """Dies of its first requests, and hangs in the second of its starts, which it counts in the file `starts`."""
+
+    def __init__(self, starts: str):
+        super().__init__()
+        self.starts = Path(starts)
+
+    @ray.method(max_task_retries=-1)
+    async def start(self) -> int:
+        with self.starts.open("a") as file:
+            file.write(".")
+        if len(self.starts.read_text()) == 2:
+            time.sleep(600)
+        return os.getpid()
+
+    async def submit(self, requests: list[EpisodeRequest], max_in_flight: int, era: int) -> None:
+        if len(self.starts.read_text()) == 1:
+            os._exit(1)
+        await super().submit(requests, max_in_flight, era)
+
+
+on_ray = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=100)
+Actor = on_ray(Scripted)
 
 
 @pytest.fixture
@@ -216,18 +243,54 @@ def test_an_actor_that_is_late_to_call_episodes_off_hands_nothing_of_before_back
     assert {t.request.episode_id: t.num_turns for t in finished} == {"0:0": 2, "1:0": 2}
 
 
-def test_a_late_actor_that_is_not_ready_for_long_is_told_of_once(make, caplog) -> None:
-    pool = make(Actor.remote(), start_timeout_s=5, max_actors=2)
+def test_a_late_actor_that_the_cluster_has_no_room_for_is_told_of_once_and_not_given_up(make, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(module, "LOOK_S", 0.0)
+    monkeypatch.setattr(module, "MAX_RESTARTS_IN_A_ROW", 0)
+    pool = make(Actor.remote(), start_timeout_s=2, max_actors=2)
+    pool.start()
+    late = Actor.options(num_cpus=1000).remote()
+    pool.expect([late])
+    try:
+        with caplog.at_level(logging.WARNING):
+            deadline = time.monotonic() + 7
+            while time.monotonic() < deadline:
+                pool.poll(0.5)
+        [message] = caplog.messages
+        assert message.startswith("RolloutActor 1 has no room in the cluster for ")
+        pool.submit(requests(5))
+        assert polled(pool, 5).total() == 5
+    finally:
+        ray.kill(late)
+
+
+@pytest.mark.parametrize("num_others", [0, 1])
+def test_an_actor_that_hangs_when_it_starts_again_is_replaced(num_others, make, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(module, "LOOK_S", 0.0)
+    others = [Actor.remote() for _ in range(num_others)]
+    pool = make(on_ray(HangingStart).remote(str(tmp_path / "starts")), *others, start_timeout_s=4)
+    pool.start()
+    pool.submit(requests(8))
+    assert polled(pool, 8, timeout_s=60).total() == 8
+    deadline = time.monotonic() + 60
+    while pool.num_restarts == 0 and time.monotonic() < deadline:
+        pool.poll(0.2)
+    assert pool.num_restarts == 1 and len((tmp_path / "starts").read_text()) == 3
+
+
+def test_an_actor_that_always_hangs_when_it_starts_is_given_up(make, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(module, "LOOK_S", 0.0)
+    monkeypatch.setattr(module, "MAX_RESTARTS_IN_A_ROW", 1)
+    pool = make(Actor.remote(), start_timeout_s=2, max_actors=2)
     pool.start()
     late = Actor.remote("start", "hangs", always=True)
     pool.expect([late])
     try:
         with caplog.at_level(logging.WARNING):
-            deadline = time.monotonic() + 8
-            while time.monotonic() < deadline:
+            deadline = time.monotonic() + 60
+            while "the run goes on without it" not in caplog.text:
+                assert time.monotonic() < deadline
                 pool.poll(0.5)
-        assert caplog.text.count("RolloutActor 1 is not ready after") == 1
-        pool.submit(requests(5))
-        assert polled(pool, 5).total() == 5
+        [message] = caplog.messages
+        assert re.search(r"RolloutActor 1 died 1 times in a row; last: it was not ready within \d+ s", message)
     finally:
         ray.kill(late)

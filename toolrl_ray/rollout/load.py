@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ from toolrl_ray.config import RunConfig
 from toolrl_ray.episode.call_format import CallFormat, TextMarkers
 from toolrl_ray.episode.chat_format import hermes_format
 from toolrl_ray.episode.codec import HFCodec
-from toolrl_ray.errors import UserError
+from toolrl_ray.errors import RolloutError, UserError
 from toolrl_ray.rollout.runner import RolloutEngine
 from tools_service.runner import ToolInfo
 
@@ -36,8 +37,15 @@ def make_call_format(config: RunConfig, codec: HFCodec, infos: Mapping[str, Tool
 
 
 async def load_call_format(config: RunConfig, codec: HFCodec, ask: Callable[[], Awaitable[Mapping[str, ToolInfo]]]) -> CallFormat:
-    """The same; only a format that describes the tools to the policy asks for them."""
-    return make_call_format(config, codec, {} if config.episode.call_format == "text" else await ask())
+    """The same; only a format that describes the tools to the policy asks for them. Raises RolloutError after tools.start_timeout_s."""
+    if config.episode.call_format == "text":
+        return make_call_format(config, codec, {})
+    try:
+        async with asyncio.timeout(config.tools.start_timeout_s):
+            infos = await ask()
+    except TimeoutError:
+        raise RolloutError(f"the tools did not answer within {config.tools.start_timeout_s:g} s (tools.start_timeout_s)") from None
+    return make_call_format(config, codec, infos)
 
 
 def load_engine(config: RunConfig, policy_dir: str, codec: HFCodec, weight_backend: str, on_death: Callable[[], None]) -> RolloutEngine:

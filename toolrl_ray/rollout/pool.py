@@ -31,6 +31,7 @@ PING_S = 10.0
 FETCH_S = 30.0
 STATS_S = 10.0
 AHEAD = 2  # an actor is given so many times what it runs at once, so that it never waits for this process
+LOOK_S = 10.0  # between two looks at actors that are starting
 UNRESPONSIVE_S = 120.0  # a process that does not answer `take` for so long is killed and replaced
 MAX_RESTARTS_IN_A_ROW = 3  # of one actor, with no episode finished in between
 
@@ -41,6 +42,12 @@ def _start_error(index: int, error: RayError) -> ToolRLError:
         return cause
     log.debug("RolloutActor %d: %s", index, error)
     return RolloutError(f"RolloutActor {index} could not load its engine: {what_it_raised(error)}")
+
+
+def _process(actor: Any) -> tuple[str, int] | None:
+    """(node, process id), or None while it has no place in the cluster. The actor itself cannot be asked: it may hang."""
+    state = ray._private.state.actors(actor._actor_id.hex())
+    return (state["Address"]["NodeID"], state["Pid"]) if state.get("State") == "ALIVE" else None
 
 
 class RolloutPool:
@@ -70,6 +77,8 @@ class RolloutPool:
         self._takes: dict[Any, tuple[int, float]] = {}  # pending `take` -> (actor, asked at)
         self._submits: dict[Any, int] = {}  # pending `submit` -> actor
         self._starts: dict[Any, tuple[int, float]] = {}  # pending `start` of an actor that is not up -> (actor, asked at)
+        self._loading: dict[int, tuple[tuple[str, int], float]] = {}  # of those: actor -> (the process that is seen to load, since when)
+        self._looked_at = 0.0  # at processes
         self._loaded: set[int] = set()  # up, but not yet given the current weights
         self._missed: deque[int] = deque()  # found dead by `reachable`
         self._told: set[int] = set()  # of those that are not ready for long, a person knows
@@ -89,13 +98,13 @@ class RolloutPool:
     def start(self) -> None:
         """Load the first engines. Raises RolloutError naming the actor that did not come up within rollout.start_timeout_s."""
         refs = [actor.start.remote() for actor in self._actors]
-        deadline = time.monotonic() + self._config.rollout.start_timeout_s
+        timeout_s = self._config.rollout.start_timeout_s
+        deadline = time.monotonic() + timeout_s
         for i, ref in enumerate(refs):
             try:
                 self._note(i, ray.get(ref, timeout=max(0.1, deadline - time.monotonic())))
             except GetTimeoutError:
-                seconds = self._config.rollout.start_timeout_s
-                raise RolloutError(f"RolloutActor {i} was not ready within {seconds:g} s (rollout.start_timeout_s)") from None
+                raise RolloutError(f"RolloutActor {i} was not ready within {timeout_s:g} s (rollout.start_timeout_s)") from None
             except RayError as error:
                 raise _start_error(i, error) from None
 
@@ -213,53 +222,69 @@ class RolloutPool:
     def _lost(self, index: int, error: Exception) -> None:
         if index in (i for i, _ in self._starts.values()):
             return
-        self._restarts_in_a_row[index] += 1
         reason = " ".join(str(error).split())[:300]
         self._actors[index].cancel.remote(self._book.running(index))  # it may be alive, but nothing of these may come from it any more
         self._submits = {ref: other for ref, other in self._submits.items() if other != index}
         self._loaded.discard(index)
         self._book.lost(index, reason, num_places(self._max_in_flight))
-        if self._restarts_in_a_row[index] > MAX_RESTARTS_IN_A_ROW:
-            message = f"RolloutActor {index} died {MAX_RESTARTS_IN_A_ROW} times in a row; last: {reason}"
-            if not self._book.present:
-                raise RolloutError(message)
-            log.warning("%s; the run goes on without it", message)
-            return
-        log.info("RolloutActor %d is lost: %s", index, reason)
-        # Ray restarts the process, where and when there is room; its engine has to be loaded again.
-        self._starts[self._actors[index].start.remote()] = (index, time.monotonic())
+        if self._may_restart(index, reason):
+            # Ray restarts the process, where and when there is room; its engine has to be loaded again.
+            self._starts[self._actors[index].start.remote()] = (index, time.monotonic())
+
+    def _may_restart(self, index: int, reason: str) -> bool:
+        """Counts it. False where the actor is given up; raises RolloutError where there is no other."""
+        self._restarts_in_a_row[index] += 1
+        if self._restarts_in_a_row[index] <= MAX_RESTARTS_IN_A_ROW:
+            log.info("RolloutActor %d is lost: %s", index, reason)
+            return True
+        message = f"RolloutActor {index} died {MAX_RESTARTS_IN_A_ROW} times in a row; last: {reason}"
+        if not self._book.present:
+            raise RolloutError(message)
+        log.warning("%s; the run goes on without it", message)
+        return False
 
     def _rejoin(self, ref: Any) -> None:
         index, _ = self._starts.pop(ref)
+        self._loading.pop(index, None)
         try:
             self._note(index, ray.get(ref, timeout=TAKE_WAIT_S))
-        except RAISED as error:
-            return self._lost(index, _start_error(index, error))
-        except RayError as error:  # its process died, or could not be made: no node, no runtime environment, no memory
-            return self._lost(index, error)
+        except RayError as error:  # what it raised; or its process died, or could not be made: no node, no runtime environment, no memory
+            return self._lost(index, _start_error(index, error) if isinstance(error, RAISED) else error)
         self._loaded.add(index)
         self._told.discard(index)
 
     def _kill_unresponsive(self) -> None:
-        now = time.monotonic()
-        start_timeout_s = self._config.rollout.start_timeout_s
-        if not self._book.present and not self._loaded and self._starts:
-            index, asked_at = max(self._starts.values(), key=lambda start: start[1])
-            if now - asked_at > start_timeout_s:
-                raise RolloutError(f"RolloutActor {index} did not come up again within {start_timeout_s:g} s (rollout.start_timeout_s)")
-        for index, asked_at in self._starts.values():
-            if now - asked_at > start_timeout_s and index not in self._told:
-                self._told.add(index)
-                log.warning(
-                    "RolloutActor %d is not ready after %.0f s: the cluster has no room for it, or it hangs; the run goes on without it",
-                    index,
-                    now - asked_at,
-                )
+        now, start_timeout_s = time.monotonic(), self._config.rollout.start_timeout_s
+        self._kill_hung_starts(now, start_timeout_s)
+        late = {index: now - asked_at for index, asked_at in self._starts.values() if now - asked_at > start_timeout_s}
+        if not self._book.present and not self._loaded and not self._loading and 0 < len(self._starts) == len(late):
+            index = min(late, key=late.__getitem__)
+            raise RolloutError(f"RolloutActor {index} did not come up again within {start_timeout_s:g} s (rollout.start_timeout_s)")
+        for index in late.keys() - self._told - self._loading.keys():
+            self._told.add(index)
+            log.warning("RolloutActor %d has no room in the cluster for %.0f s; the run goes on without it", index, late[index])
         for ref, (index, asked_at) in list(self._takes.items()):
             if now - asked_at > UNRESPONSIVE_S and not ray.wait([ref], timeout=0)[0]:
                 log.warning("RolloutActor %d does not answer for %.0f s: replacing it", index, now - asked_at)
                 ray.kill(self._actors[index], no_restart=False)
                 self._takes[ref] = (index, now)  # its `take` ends with the actor's death
+
+    def _kill_hung_starts(self, now: float, timeout_s: float) -> None:
+        """Replaces those that have had a process for so long and are not ready."""
+        if now - self._looked_at < LOOK_S:
+            return
+        self._looked_at = now
+        for ref, (index, _) in list(self._starts.items()):
+            seen, since = self._loading.pop(index, (None, now))
+            if (process := _process(self._actors[index])) is None:
+                continue
+            since = since if process == seen else now
+            self._loading[index] = process, since
+            if now - since > timeout_s and not ray.wait([ref], timeout=0)[0]:
+                del self._starts[ref], self._loading[index]
+                ray.kill(self._actors[index], no_restart=False)
+                if self._may_restart(index, f"it was not ready within {now - since:.0f} s (rollout.start_timeout_s)"):
+                    self._starts[ref] = (index, now)  # Ray asks the new process again
 
     def describe(self) -> str:
         return self._book.describe()

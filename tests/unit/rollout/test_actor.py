@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from pathlib import Path
 
+import pytest
+
+from toolrl_ray.errors import RolloutError
 from toolrl_ray.recipe import load
 from toolrl_ray.rollout.actor import RolloutActor
+from toolrl_ray.rollout.load import load_call_format
 
 
 def actor(*overrides: str) -> RolloutActor:
     return RolloutActor(load("calculator", list(overrides)), "policy-dir", "object_store", "app")
+
+
+async def test_tools_that_never_say_what_they_are_are_not_waited_for_without_end() -> None:
+    config = load("calculator", ["tools.start_timeout_s=0.05", "episode.call_format=hermes", "policy.path=a-chat-model"])
+    with pytest.raises(RolloutError, match=r"the tools did not answer within 0.05 s \(tools.start_timeout_s\)"):
+        await asyncio.wait_for(load_call_format(config, None, asyncio.Event().wait), timeout=5)
 
 
 def test_the_task_module_is_there_before_the_first_request_and_one_that_is_broken_is_left_to_start(tmp_path: Path) -> None:
