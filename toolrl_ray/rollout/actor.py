@@ -37,12 +37,14 @@ class RolloutActor:
     async def start(self) -> int:
         """Load the engine unless it is loaded; returns this process's id. The policy in `policy_dir` is version 0."""
         async with self._starting:
-            if hasattr(self, "_inbox"):
+            if hasattr(self, "_engine"):
                 await self._engine.check_alive()
+            if hasattr(self, "_inbox"):
                 return os.getpid()
             codec = load_codec(self._policy_dir)
-            # Without its engine this process is of no use: ending it makes Ray replace it.
-            self._engine = load_engine(self._config, self._policy_dir, codec, self._weight_backend, lambda: os._exit(1))
+            if not hasattr(self, "_engine"):  # it is there where a start before has failed at what follows
+                # Without its engine this process is of no use: ending it makes Ray replace it.
+                self._engine = load_engine(self._config, self._policy_dir, codec, self._weight_backend, lambda: os._exit(1))
             await self._engine.ready(0)
             self._tools = ToolClient(self._tools_app, self._config.tools)
             call_format = await load_call_format(self._config, codec, self._tools.infos)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from toolrl_ray.episode.call_format import TextMarkers
 from toolrl_ray.errors import RolloutError
 from toolrl_ray.recipe import load
+from toolrl_ray.rollout import actor as module
 from toolrl_ray.rollout.actor import RolloutActor
 from toolrl_ray.rollout.load import load_call_format
 
@@ -30,3 +34,36 @@ def test_the_task_module_is_there_before_the_first_request_and_one_that_is_broke
     actor(f"task.module={tmp_path}/whole.py")
     assert [name for name in sys.modules if name.startswith("toolrl_user_whole_")]
     actor(f"task.module={tmp_path}/broken.py")
+
+
+async def test_a_start_that_fails_after_the_engine_is_loaded_loads_no_second_one_when_it_is_tried_again(monkeypatch) -> None:
+    engines: list[ScriptedEngine] = []
+    answers = [ConnectionError("no tools"), ConnectionError("no tools"), TextMarkers()]
+
+    class ScriptedEngine:
+        def __init__(self, *args: object):
+            engines.append(self)
+            self.num_checks = 0
+
+        async def ready(self, policy_version: int) -> None: ...
+        async def generate(self, token_ids: list, params: object) -> None: ...
+        async def check_alive(self) -> None:
+            self.num_checks += 1
+
+    async def load_call_format(*args: object) -> TextMarkers:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(module, "load_codec", lambda policy_dir: None)
+    monkeypatch.setattr(module, "load_engine", ScriptedEngine)
+    monkeypatch.setattr(module, "load_call_format", load_call_format)
+    monkeypatch.setattr(module, "ToolClient", lambda *args: SimpleNamespace(infos=None))
+    monkeypatch.setattr(module, "gc", SimpleNamespace(collect=lambda: 0, freeze=lambda: None))
+    starting = actor()
+    for _ in range(2):
+        with pytest.raises(ConnectionError):
+            await starting.start()
+    assert await starting.start() == await starting.start() == os.getpid()
+    assert len(engines) == 1 and engines[0].num_checks == 3
