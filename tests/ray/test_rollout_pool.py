@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import ray
@@ -104,6 +105,12 @@ on_ray = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=100)
 Actor = on_ray(Scripted)
 
 
+def up(*actors: Any) -> tuple[Any, ...]:
+    """Once their processes are there: these take longer on a busy machine than the timeouts that are tested."""
+    ray.get([actor.__ray_ready__.remote() for actor in actors], timeout=120)
+    return actors
+
+
 @pytest.fixture
 def make(cluster):
     """make(*actors, **rollout settings) -> RolloutPool, whose actors are ended with the test."""
@@ -140,7 +147,7 @@ def polled(pool: RolloutPool, count: int, timeout_s: float = 90) -> Counter[str]
     ],
 )
 def test_an_actor_that_does_not_start_is_named(fate, message, make) -> None:
-    pool = make(Actor.remote(), Actor.remote("start", fate, always=True), start_timeout_s=3)
+    pool = make(*up(Actor.remote(), Actor.remote("start", fate, always=True)), start_timeout_s=3)
     with pytest.raises(RolloutError, match=message):
         pool.start()
 
@@ -246,7 +253,7 @@ def test_an_actor_that_is_late_to_call_episodes_off_hands_nothing_of_before_back
 def test_a_late_actor_that_the_cluster_has_no_room_for_is_told_of_once_and_not_given_up(make, monkeypatch, caplog) -> None:
     monkeypatch.setattr(module, "LOOK_S", 0.0)
     monkeypatch.setattr(module, "MAX_RESTARTS_IN_A_ROW", 0)
-    pool = make(Actor.remote(), start_timeout_s=2, max_actors=2)
+    pool = make(*up(Actor.remote()), start_timeout_s=2, max_actors=2)
     pool.start()
     late = Actor.options(num_cpus=1000).remote()
     pool.expect([late])
@@ -267,7 +274,7 @@ def test_a_late_actor_that_the_cluster_has_no_room_for_is_told_of_once_and_not_g
 def test_an_actor_that_hangs_when_it_starts_again_is_replaced(num_others, make, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(module, "LOOK_S", 0.0)
     others = [Actor.remote() for _ in range(num_others)]
-    pool = make(on_ray(HangingStart).remote(str(tmp_path / "starts")), *others, start_timeout_s=4)
+    pool = make(*up(on_ray(HangingStart).remote(str(tmp_path / "starts")), *others), start_timeout_s=4)
     pool.start()
     pool.submit(requests(8))
     assert polled(pool, 8, timeout_s=60).total() == 8
@@ -280,7 +287,7 @@ def test_an_actor_that_hangs_when_it_starts_again_is_replaced(num_others, make, 
 def test_an_actor_that_always_hangs_when_it_starts_is_given_up(make, monkeypatch, caplog) -> None:
     monkeypatch.setattr(module, "LOOK_S", 0.0)
     monkeypatch.setattr(module, "MAX_RESTARTS_IN_A_ROW", 1)
-    pool = make(Actor.remote(), start_timeout_s=2, max_actors=2)
+    pool = make(*up(Actor.remote()), start_timeout_s=2, max_actors=2)
     pool.start()
     late = Actor.remote("start", "hangs", always=True)
     pool.expect([late])
