@@ -76,6 +76,8 @@ class Inbox:
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
         self._away.discard(task)
+        if not task.cancelled():
+            task.exception()  # Ctrl-C or SIGTERM, which have gone to whoever runs the loop: asyncio need not tell of them too
         self._start()
 
     async def take(self, max_wait_s: float) -> list[Outcome]:

@@ -32,6 +32,12 @@ class _Row:
     finish_reason: str | None = None
 
 
+def _take_error(worker: asyncio.Task[None]) -> None:
+    """Ctrl-C or SIGTERM, the only one it can have, has gone to whoever runs the loop: asyncio need not tell of it when it ends."""
+    if not worker.cancelled():
+        worker.exception()
+
+
 class TransformersEngine:
     """model: a causal LM in eval mode, which the engine keeps for itself; one without a cache of keys and values (Mamba, RWKV) raises
     UserError when it is sampled from. decode: text of sampled ids, for stop strings. seed: with a completion's own seed it says what that
@@ -75,6 +81,7 @@ class TransformersEngine:
         self._waiting.append(row)
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
+            self._worker.add_done_callback(_take_error)
         return await row.done
 
     async def _work(self) -> None:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+
+import pytest
 
 from toolrl_ray.errors import ConfigError
 from toolrl_ray.rollout.assignment import Outcome
@@ -142,3 +145,20 @@ async def test_every_outcome_bears_the_era_of_its_request():
     while len(outcomes) < 4:
         outcomes += await inbox.take(5)
     assert {o.episode_id: o.era for o in outcomes} == {"e0": 1, "e1": 1, "e2": 1, "e3": 2}
+
+
+def test_ctrl_c_that_strikes_an_episode_is_told_once(caplog):
+    inbox = Inbox()
+
+    async def run(request):
+        raise KeyboardInterrupt
+
+    async def collect():
+        inbox.submit(REQUESTS[:1], max_in_flight=1)
+        await inbox.take(5)
+
+    inbox.run = run
+    with pytest.raises(KeyboardInterrupt), asyncio.Runner() as runner:
+        runner.run(collect())
+    gc.collect()
+    assert caplog.messages == []

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
 import pytest
 import torch
@@ -178,3 +179,16 @@ def test_what_is_sampled_after_a_pause_is_of_the_new_weights_alone(model, recomp
     off = [abs(float(expected[1 + i, token]) - completion.logprobs[i]) for i, token in enumerate(completion.token_ids)]
     assert (max(off[10:]) < 1e-5) is recompute  # what was cached of the old weights shows, where it is kept
     assert min(off[:10]) > 1e-5
+
+
+def test_ctrl_c_that_strikes_while_it_samples_is_told_once(engine, monkeypatch, caplog):
+    def interrupted(**inputs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "_model", interrupted)
+    interrupted.device = "cpu"
+    with pytest.raises(KeyboardInterrupt), asyncio.Runner() as runner:
+        runner.run(engine.generate([2], SamplingParams(1.0, 4, ())))
+    del runner, engine._worker
+    gc.collect()
+    assert caplog.messages == []
