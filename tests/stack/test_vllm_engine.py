@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 
 from toolrl_ray.config import RunConfig
-from toolrl_ray.errors import UserError
+from toolrl_ray.errors import RolloutError, UserError
+from toolrl_ray.rollout import vllm_engine
 from toolrl_ray.rollout.vllm_engine import VLLMEngine, _check_platform, _set_environment
 
 
@@ -118,3 +121,23 @@ def test_a_vllm_of_the_other_kind_is_refused_in_one_line() -> None:
             VLLMEngine(RunConfig(recipe="test", rollout={"num_gpus": 1}, learner={"num_gpus": 1}), "nowhere", "object_store", 0)
     _check_platform(0, is_cpu_build=True)
     _check_platform(0.5, is_cpu_build=False)
+
+
+@pytest.mark.parametrize("state", ["well", "dead", "dies", "hangs"])
+def test_an_engine_that_is_dead_or_hangs_is_told_from_one_that_answers(state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    async def is_paused() -> bool:
+        if state == "dies":
+            raise EngineDeadError
+        if state == "hangs":
+            await asyncio.sleep(60)
+        return False
+
+    monkeypatch.setattr(vllm_engine, "ANSWER_S", 0.05)
+    deaths: list[str] = []
+    engine = engine_on(SimpleNamespace(errored=state == "dead", is_paused=is_paused))
+    engine._on_death = lambda: deaths.append(state)
+    with nullcontext() if state == "well" else pytest.raises(RolloutError, match="dead or does not answer"):
+        asyncio.run(engine.check_alive())
+    assert deaths == ([] if state == "well" else [state])

@@ -50,7 +50,7 @@ class RolloutActor:
             call_format = await load_call_format(self._config, codec, self._tools.infos)
             self._inbox = Inbox()
             generate = self._inbox.sampling(self._engine.generate)
-            self._runner = EpisodeRunner(self._config, generate, self._tools, codec, call_format)
+            self._runner = EpisodeRunner(self._config, generate, self._tools, codec, call_format, self._engine.check_alive)
             self._inbox.run = self._runner.run
             # What imports left behind lives as long as the process: going through it stalls every episode for a quarter of a second.
             gc.collect()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from toolrl_ray.config import RunConfig, TaskConfig
@@ -12,7 +13,7 @@ from toolrl_ray.episode.codec import HFCodec
 from toolrl_ray.episode.loop import Limits, run_episode
 from toolrl_ray.errors import ConfigError
 from toolrl_ray.tasks.module import task_module
-from toolrl_ray.types import CallToolFn, Completion, EpisodeRequest, SamplingParams, Task, Trajectory
+from toolrl_ray.types import CallToolFn, Completion, EpisodeRequest, SamplingParams, StopReason, Task, Trajectory
 from tools_service.protocol import ToolCall, ToolResult, ToolStatus
 
 
@@ -35,14 +36,23 @@ async def _no_tool(call: ToolCall) -> ToolResult:
 
 
 class EpisodeRunner:
-    """clock: stopped by whoever pauses the engine."""
+    """clock: stopped by whoever pauses the engine. check_alive: raises where the engine is dead or hangs."""
 
-    def __init__(self, config: RunConfig, generate: Any, call_tool: CallToolFn, codec: HFCodec, call_format: CallFormat):
+    def __init__(
+        self,
+        config: RunConfig,
+        generate: Any,
+        call_tool: CallToolFn,
+        codec: HFCodec,
+        call_format: CallFormat,
+        check_alive: Callable[[], Awaitable[None]] | None = None,
+    ):
         self._config = config
         self._generate = generate
         self._call_tool = call_tool
         self._codec = codec
         self._call_format = call_format
+        self._check_alive = check_alive
         self.clock = Clock()
         self._task = task_module(config.task)
         self._limits = Limits(**config.episode.model_dump(exclude={"shown", "call_format", "system"}))
@@ -60,6 +70,8 @@ class EpisodeRunner:
             shown=self._config.episode.shown,
             clock=self.clock,
         )
+        if trajectory.stop_reason in (StopReason.TURN_DEADLINE, StopReason.EPISODE_DEADLINE) and self._check_alive:
+            await self._check_alive()  # what an engine that hangs did not sample is no failure of the policy
         trajectory.reward = _checked(self._task.reward(trajectory), self._config.task, request.task)
         return trajectory
 

@@ -4,6 +4,7 @@ caching, and weights taken up while it runs.
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import functools
 import itertools
@@ -17,6 +18,7 @@ from toolrl_ray.errors import RolloutError, UserError
 from toolrl_ray.types import Completion, SamplingParams
 from toolrl_ray.weights.vllm_object_store import DIE_WITH_PARENT
 
+ANSWER_S = 30.0  # longer than any step of an engine
 NO_UPDATE_IS_OPEN = "without a matching start_weight_update"  # in vLLM's error
 
 
@@ -48,7 +50,7 @@ def _check_platform(num_gpus: float, is_cpu_build: bool) -> None:
 
 class VLLMEngine:
     """policy_dir: Hugging Face folder or Hub name. weight_backend: "object_store", "nccl" or "ipc".
-    on_death: called when vLLM's engine-core process is found dead, which this object cannot mend."""
+    on_death: called when vLLM's engine-core process is found dead or hanging, which this object cannot mend."""
 
     def __init__(
         self, config: RunConfig, policy_dir: str, weight_backend: str, policy_version: int, on_death: Callable[[], None] = lambda: None
@@ -93,9 +95,17 @@ class VLLMEngine:
         await self._llm.update_weight_version(str(policy_version))
 
     async def check_alive(self) -> None:
-        if self._llm.errored:
-            self._on_death()
-            raise RolloutError("vLLM's engine-core process is dead")
+        """Raises RolloutError, after `on_death`, where the engine-core process is dead or does not answer within ANSWER_S."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if not self._llm.errored:
+            try:
+                await asyncio.wait_for(self._llm.is_paused(), ANSWER_S)  # any question, which it answers between two steps
+                return
+            except (TimeoutError, EngineDeadError):
+                pass
+        self._on_death()
+        raise RolloutError("vLLM's engine-core process is dead or does not answer")
 
     async def generate(self, token_ids: list[int], params: SamplingParams) -> Completion:
         final: Any = None

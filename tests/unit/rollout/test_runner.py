@@ -1,4 +1,4 @@
-"""What an EpisodeRequest asks for: its own temperature, and no tools."""
+"""What an EpisodeRequest asks for: its own temperature, and no tools. And what a deadline is a failure of."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tests.unit.episode.vocabularies import codec
 from toolrl_ray import recipe
 from toolrl_ray.episode.call_format import TextMarkers
 from toolrl_ray.episode.shown import SHOWN
-from toolrl_ray.errors import ConfigError
+from toolrl_ray.errors import ConfigError, RolloutError
 from toolrl_ray.rollout.runner import EpisodeRunner
-from toolrl_ray.types import Trajectory
+from toolrl_ray.types import Completion, SamplingParams, Trajectory
 from tools_service.protocol import ToolStatus
 
 TINY = codec("tiny")
@@ -78,3 +78,21 @@ def test_what_is_no_finite_number_is_refused_with_the_task_and_the_function_that
         rewarded(tmp_path, value)
     with pytest.raises(ConfigError, match=r"^task.parts.own.module='.*mine.py': scored returned .* for task 'own/t0'; it must"):
         rewarded(tmp_path, value, parts=True)
+
+
+@pytest.mark.parametrize("deadline", ["turn", "episode"])
+def test_an_episode_whose_engine_hangs_is_no_failure_of_the_policy(deadline: str) -> None:
+    async def generate(token_ids: list[int], params: SamplingParams) -> Completion:
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    async def lives() -> None: ...
+
+    async def hangs() -> None:
+        raise RolloutError("it does not answer")
+
+    config = recipe.load("calculator", [f"episode.{deadline}_deadline_s=0.05"])
+    runners = [EpisodeRunner(config, generate, FakeTool(), TINY, TextMarkers(), check) for check in (lives, hangs)]
+    assert asyncio.run(runners[0].run(REQUEST)).stop_reason == f"{deadline}_deadline"
+    with pytest.raises(RolloutError, match="it does not answer"):
+        asyncio.run(runners[1].run(REQUEST))
