@@ -143,12 +143,14 @@ class SimRollout:
         return self._book.take(index, outcomes)
 
     def cancel(self, episode_ids: Collection[str]) -> None:
-        for index, here in self._book.cancel(episode_ids).items():
-            self._loop.call_soon_threadsafe(self.actors[index].inbox.cancel, here)
+        self._call_off(self._book.era, self._book.cancel(episode_ids))
 
     def cancel_all(self) -> None:
-        for index, here in self._book.cancel_all().items():
-            self._loop.call_soon_threadsafe(self.actors[index].inbox.cancel, here)
+        self._call_off(self._book.era, self._book.cancel_all())
+
+    def _call_off(self, era: int, running: dict[int, list[str]]) -> None:
+        for index, episode_ids in running.items():
+            self._loop.call_soon_threadsafe(self.actors[index].inbox.cancel, episode_ids, era)
 
     def describe(self) -> str:
         return self._book.describe()

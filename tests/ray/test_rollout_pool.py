@@ -69,8 +69,8 @@ class Scripted:
         self._note("submit")
         self.inbox.submit(requests, max_in_flight, era)
 
-    async def cancel(self, episode_ids: list[str]) -> None:
-        self.inbox.cancel(episode_ids)
+    async def cancel(self, episode_ids: list[str], era: int) -> None:
+        self.inbox.cancel(episode_ids, era)
 
     async def take(self, max_wait_s: float) -> list[Outcome]:
         self._note("take")

@@ -60,8 +60,8 @@ class RolloutActor:
     async def submit(self, requests: list[EpisodeRequest], max_in_flight: int, era: int) -> None:
         self._inbox.submit(requests, max_in_flight, era)
 
-    async def cancel(self, episode_ids: list[str]) -> None:
-        self._inbox.cancel(episode_ids)
+    async def cancel(self, episode_ids: list[str], era: int) -> None:
+        self._inbox.cancel(episode_ids, era)
 
     async def take(self, max_wait_s: float) -> list[Outcome]:
         return await self._inbox.take(max_wait_s)

@@ -33,7 +33,7 @@ class Inbox:
         self.run: Callable[[EpisodeRequest], Awaitable[Trajectory]]
         self._waiting: deque[tuple[EpisodeRequest, int]] = deque()  # with their eras
         self._places = 1
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: dict[asyncio.Task[None], tuple[str, int]] = {}  # episode and era
         self._away: set[asyncio.Task[None]] = set()  # those between two completions
         self._finished: list[Outcome] = []
         self._some = asyncio.Event()
@@ -44,13 +44,16 @@ class Inbox:
         self._waiting.extend((request, era) for request in requests)
         self._start()
 
-    def cancel(self, episode_ids: list[str]) -> None:
-        """Nothing of these is handed over any more. What they wait for, a completion or a tool, is called off with them."""
-        gone = set(episode_ids)
-        self._waiting = deque(waiting for waiting in self._waiting if waiting[0].episode_id not in gone)
-        self._finished = [outcome for outcome in self._finished if outcome.episode_id not in gone]
-        for task in self._running:
-            if task.get_name() in gone:
+    def cancel(self, episode_ids: list[str], era: int = 0) -> None:
+        """Nothing of these is handed over any more. What they wait for, a completion or a tool, is called off with them.
+
+        era: of these requests. Ray may let a later `submit` of the same episodes overtake this call.
+        """
+        gone = {(episode_id, era) for episode_id in episode_ids}
+        self._waiting = deque((request, of) for request, of in self._waiting if (request.episode_id, of) not in gone)
+        self._finished = [outcome for outcome in self._finished if (outcome.episode_id, outcome.era) not in gone]
+        for task, episode in self._running.items():
+            if episode in gone:
                 task.cancel()
 
     def sampling(self, generate: GenerateFn) -> GenerateFn:
@@ -69,12 +72,12 @@ class Inbox:
     def _start(self) -> None:
         while self._waiting and len(self._running) - len(self._away) < self._places:
             request, era = self._waiting.popleft()
-            task = asyncio.create_task(self._run(request, era), name=request.episode_id)
-            self._running.add(task)
+            task = asyncio.create_task(self._run(request, era))
+            self._running[task] = request.episode_id, era
             task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self._running.discard(task)
+        del self._running[task]
         self._away.discard(task)
         if not task.cancelled():
             task.exception()  # Ctrl-C or SIGTERM, which have gone to whoever runs the loop: asyncio need not tell of them too

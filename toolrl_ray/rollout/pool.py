@@ -169,15 +169,15 @@ class RolloutPool:
         return finished
 
     def cancel(self, episode_ids: Collection[str]) -> None:
-        self._call_off(self._book.cancel(episode_ids))
+        self._call_off(self._book.era, self._book.cancel(episode_ids))
 
     def cancel_all(self) -> None:
         """Nothing that was submitted is handed back any more, even if the same episodes are submitted again."""
-        self._call_off(self._book.cancel_all())
+        self._call_off(self._book.era, self._book.cancel_all())
 
-    def _call_off(self, running: dict[int, list[str]]) -> None:
+    def _call_off(self, era: int, running: dict[int, list[str]]) -> None:
         for index, episode_ids in running.items():
-            self._actors[index].cancel.remote(episode_ids)
+            self._actors[index].cancel.remote(episode_ids, era)
 
     def _admit_loaded(self) -> None:
         if self._loaded and self._readmit():
@@ -223,7 +223,7 @@ class RolloutPool:
         if index in (i for i, _ in self._starts.values()):
             return
         reason = " ".join(str(error).split())[:300]
-        self._actors[index].cancel.remote(self._book.running(index))  # it may be alive, but nothing of these may come from it any more
+        self._call_off(self._book.era, {index: self._book.running(index)})  # it may be alive, but nothing of these may come from it
         self._submits = {ref: other for ref, other in self._submits.items() if other != index}
         self._loaded.discard(index)
         self._book.lost(index, reason, num_places(self._max_in_flight))

@@ -147,6 +147,21 @@ async def test_every_outcome_bears_the_era_of_its_request():
     assert {o.episode_id: o.era for o in outcomes} == {"e0": 1, "e1": 1, "e2": 1, "e3": 2}
 
 
+async def test_what_is_called_off_late_leaves_the_same_episodes_of_a_later_era_alone():
+    inbox = Inbox()
+    episodes = Episodes(inbox)
+    episodes.called.set()
+    for era in (1, 2):
+        inbox.submit(REQUESTS[3:8], 2, era=era)
+    await settle()
+    inbox.cancel([r.episode_id for r in REQUESTS], era=1)
+    episodes.sampled.set()
+    outcomes = []
+    while len(outcomes) < 5:
+        outcomes += await inbox.take(5)
+    assert sorted((o.episode_id, o.era) for o in outcomes) == [(f"e{i}", 2) for i in range(3, 8)]
+
+
 def test_ctrl_c_that_strikes_an_episode_is_told_once(caplog):
     inbox = Inbox()
 
