@@ -21,19 +21,15 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
-# kind -> what the name of its process begins with
-KINDS = {
-    "tool": "ray::ServeReplica",
-    "rollout": "ray::RolloutActor",
-    "engine": "VLLM::EngineCore",
-    "learner": "ray::LearnerActor",
-    "driver": "",
-}
+# kind -> what the title of its process begins with; an engine is a child of a RolloutActor
+KINDS = {"tool": "ray::ServeReplica", "rollout": "ray::RolloutActor", "engine": "", "learner": "ray::LearnerActor", "driver": ""}
 STEP_TIMEOUT_S = 600.0
+FIND_TIMEOUT_S = 60.0
 
 
 class Failed(Exception):
@@ -71,17 +67,18 @@ class TrainingRun:
         if self.process.poll() not in (None, 0):
             raise Failed(f"the run ended with code {self.process.returncode} before step {step}")
 
-    def kill(self, kind: str) -> bool:
-        """SIGKILL to one process of this kind; False when none is there at the moment."""
+    def kill(self, kind: str) -> None:
+        """SIGKILL to one process of this kind, as soon as one is there. Raises Failed where none comes."""
         if kind == "driver":
             self.process.kill()  # a local Ray and all that runs on it end with it
             self.process.wait()
-            return True
-        starts = KINDS[kind]
-        found = [child for child in psutil.Process(self.process.pid).children(recursive=True) if _title(child).startswith(starts)]
-        if found:
-            random.choice(found).kill()
-        return bool(found)
+            return
+        deadline = time.monotonic() + FIND_TIMEOUT_S
+        while not (found := _of_kind(kind, children := psutil.Process(self.process.pid).children(recursive=True))):
+            if time.monotonic() > deadline:
+                raise Failed(f"no process to kill for {kind!r}; there were: {sorted(map(_title, children))}")
+            time.sleep(0.1)
+        random.choice(found).kill()
 
     def end(self) -> None:
         if self.process and self.process.poll() is None:
@@ -92,6 +89,14 @@ class TrainingRun:
             except subprocess.TimeoutExpired:
                 self.process.kill()
             psutil.wait_procs(family, timeout=30)
+
+
+def _of_kind(kind: str, processes: list[psutil.Process]) -> list[psutil.Process]:
+    if kind != "engine":
+        return [process for process in processes if _title(process).startswith(KINDS[kind])]
+    with suppress(psutil.Error):  # the actor has just died
+        return [child for actor in _of_kind("rollout", processes) for child in actor.children() if "resource_tracker" not in _title(child)]
+    return []
 
 
 def _title(process: psutil.Process) -> str:
@@ -112,8 +117,7 @@ def chaos(run: TrainingRun, kinds: list[str], every_steps: int) -> list[tuple[st
             print(f"the run is over before {kind} could be killed: ask for more steps (train.num_steps)", flush=True)
             break
         at = max(run.steps())
-        while not run.kill(kind):
-            time.sleep(0.1)
+        run.kill(kind)
         started = time.monotonic()
         print(f"killed {kind} after step {at}", flush=True)
         if kind == "driver":

@@ -61,7 +61,8 @@ class RolloutActor:
         self._inbox.submit(requests, max_in_flight, era)
 
     async def cancel(self, episode_ids: list[str], era: int) -> None:
-        self._inbox.cancel(episode_ids, era)
+        if hasattr(self, "_inbox"):  # one that Ray has started again has nothing to call off
+            self._inbox.cancel(episode_ids, era)
 
     async def take(self, max_wait_s: float) -> list[Outcome]:
         return await self._inbox.take(max_wait_s)

@@ -67,3 +67,7 @@ async def test_a_start_that_fails_after_the_engine_is_loaded_loads_no_second_one
             await starting.start()
     assert await starting.start() == await starting.start() == os.getpid()
     assert len(engines) == 1 and engines[0].num_checks == 3
+
+
+async def test_one_that_was_started_again_and_is_not_loaded_yet_has_nothing_to_call_off() -> None:
+    await actor().cancel(["0:0"], 1)
