@@ -25,6 +25,9 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 
+# What a command begins with that is to hear Ctrl-C: a shell's background job starts with it ignored, and passes that on. No preexec_fn, for
+# which a process with a JVM and the threads of gRPC would fork: the child may abort.
+HEARS_CTRL_C = ("env", "--default-signal=INT")
 NO_GPU = "no NVIDIA GPU here that .venv's torch can use; runs where torch.cuda.is_available()"
 
 

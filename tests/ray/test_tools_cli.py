@@ -16,6 +16,7 @@ import psutil
 import pytest
 import ray
 
+from tests.conftest import HEARS_CTRL_C
 from toolrl_ray import cli, tools_serving
 from tools_service import serve_app
 from tools_service.runner import tool_factories
@@ -82,13 +83,12 @@ class Service:
 def start(*arguments: object) -> Service:
     """Returns when the service says that it serves."""
     process = subprocess.Popen(
-        toolrl("tools", "serve", *arguments),
+        [*HEARS_CTRL_C, *toolrl("tools", "serve", *arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env=environment(),
         start_new_session=True,  # its own process group, as in a terminal of its own
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job starts with it ignored
     )
     lines: list[str] = []
     try:

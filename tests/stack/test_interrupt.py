@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.conftest import HEARS_CTRL_C
+
 SMALL = ["task.num_train=256", "task.num_heldout=8", "eval.num_tasks=8", "bootstrap.num_steps=20", "train.tasks_per_step=16"]
 
 
@@ -34,13 +36,12 @@ def test_an_interrupted_run_ends_soon_and_leaves_no_process(
     environment.pop("RAY_ADDRESS", None)
     overrides = [f"run_dir={run_dir}", *SMALL, "train.num_steps=100", f"rollout.engine={engine}"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "toolrl_ray.cli", "train", "calculator", *overrides],
+        [*HEARS_CTRL_C, sys.executable, "-m", "toolrl_ray.cli", "train", "calculator", *overrides],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env=environment,
         start_new_session=True,  # its own process group, as in a terminal of its own
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job starts with it ignored
     )
     try:
         seen = []

@@ -11,11 +11,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import HEARS_CTRL_C
 from tools_service.protocol import ToolCall, ToolResult, ToolStatus
 from tools_service.search import index, searcher
 from tools_service.search.corpus import SearchError
@@ -382,13 +382,13 @@ def building(tmp_path: Path) -> Iterator[subprocess.Popen]:
     rows = ({"id": str(number), "title": f"T {number}", "text": f"words {number} " * 10} for number in range(200_000))
     corpus = corpus_file(tmp_path / "big.jsonl", rows)
     code = "import sys; from tools_service.search.index import cli_build; cli_build(*sys.argv[1:])"
-    told = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and pass that on
-    command = [sys.executable, "-c", code, str(corpus), str(tmp_path / "out")]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, preexec_fn=told)
+    command = [*HEARS_CTRL_C, sys.executable, "-c", code, str(corpus), str(tmp_path / "out")]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
     try:
         until = time.monotonic() + 60
         while not (tmp_path / ".out.partial" / "titles.sqlite").exists():
-            assert process.poll() is None and time.monotonic() < until
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < until
             time.sleep(0.02)
         yield process
     finally:

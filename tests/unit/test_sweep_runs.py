@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from tests.conftest import HEARS_CTRL_C
 from toolrl_ray import cli, sweep, sweep_runs
 from toolrl_ray.placement import Share
 
@@ -61,13 +62,12 @@ MAIN = "import sys; from toolrl_ray import cli, sweep_runs; sweep_runs.TRAIN = {
 
 def start(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", MAIN.format(stub=STUB), "sweep", *arguments],
+        [*HEARS_CTRL_C, sys.executable, "-c", MAIN.format(stub=STUB), "sweep", *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job starts with it ignored
     )
 
 
