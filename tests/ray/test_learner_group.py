@@ -5,27 +5,17 @@ from __future__ import annotations
 import os
 import sys
 import time
-from typing import NoReturn
 
 import pytest
 import ray
 from learner_synthetic import run_config
+from raising import raise_what_does_not_unpickle
 from ray import cloudpickle
 
 from toolrl_ray.errors import LearnerError, LearnerLost
 from toolrl_ray.learner.group import LearnerGroup
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a worker process cannot import what this file imports
-
-
-def raise_what_does_not_unpickle() -> NoReturn:
-    """As a library's exception may be: made of two arguments, and pickled as if made of its message alone."""
-
-    class OfTwo(Exception):
-        def __init__(self, first: str, second: str):
-            super().__init__(f"{first} {second}")
-
-    raise OfTwo("no unpickling", "of this")
 
 
 @ray.remote(num_cpus=0)

@@ -9,12 +9,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import NoReturn
 
 import pytest
 import ray
 import torch
 from learner_synthetic import run_config
+from raising import raise_what_does_not_unpickle
 from ray import cloudpickle
 from safetensors.numpy import load  # without torch, which takes its processes seconds to import
 
@@ -25,16 +25,6 @@ from toolrl_ray.weights.sync import MAX_TRIES, WeightSync
 
 TIMEOUT_S = 2.0
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a worker process cannot import what this file imports
-
-
-def raise_what_does_not_unpickle() -> NoReturn:
-    """As a library's exception may be: made of two arguments, and pickled as if made of its message alone."""
-
-    class OfTwo(Exception):
-        def __init__(self, first: str, second: str):
-            super().__init__(f"{first} {second}")
-
-    raise OfTwo("no unpickling", "of this")
 
 
 def misbehave(fate: str) -> None:
