@@ -7,8 +7,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection
-from concurrent.futures import Future, wait
-from typing import Protocol, TypeVar
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any, Protocol, TypeVar
 
 from toolrl_ray.config import RunConfig
 from toolrl_ray.errors import LearnerLost, RolloutError, StallError
@@ -74,6 +74,9 @@ class Collector:
         self._stall_timeout_s = stall_timeout_s
         self._say = say
         self._evaluation: dict[str, Trajectory | None] = {}
+        self._loading: tuple[int, Future[dict[str, float]]] | None = None  # version that is on its way to the engines
+        # Of the weights that the engines have; after the first ones, what the last load has told.
+        self.load_numbers: dict[str, float] = {"time/weight_sync_s": 0.0, "weights/policy_version": stream.loaded_version}
         self._awaited = ""
         self._began_at = self._told_at = self._moved_at = self._polled_at = time.monotonic()
         self._held_at = float("-inf")
@@ -90,13 +93,39 @@ class Collector:
         """(the next batch, the evaluation's episodes), once both are there."""
         self._wait_for("the next batch")
         self._pump(0)  # also where the batch is there already: a replaced engine may be waiting for its weights
-        batch = self._stream.next_batch()
+        if (batch := self._stream.next_batch()) is None:
+            self.finish_loading()  # at once, as slots are released by it
+            self._wait_for("the next batch")
         while batch is None or None in self._evaluation.values():
             self._pump(POLL_S)
             batch = batch or self._stream.next_batch()
         evaluated = [t for t in self._evaluation.values() if t is not None]
         self._evaluation = {}
         return batch, evaluated
+
+    def load(self, version: int, job: Callable[[], dict[str, float]]) -> None:
+        """The job brings weights of this version to the engines; slots are released once it has. Episodes go on, and so may the learner.
+        What it raises, whatever is waited for next raises."""
+        self.finish_loading()
+        if self._rollout.concurrent:
+            self._loading = version, in_thread(job)
+        else:
+            self._loaded(version, job())
+
+    def finish_loading(self) -> None:
+        """Waits for that, if it is under way."""
+        if self._loading is not None:
+            self.wait("the engines to load new weights", self._loading[1])
+            self._note_loaded()
+
+    def _note_loaded(self) -> None:
+        if self._loading is not None and self._loading[1].done():
+            (version, future), self._loading = self._loading, None
+            self._loaded(version, future.result(timeout=0))
+
+    def _loaded(self, version: int, numbers: dict[str, float]) -> None:
+        self.load_numbers = numbers
+        self._stream.loaded(version)
 
     def beside(self, what: str, job: Callable[[], T]) -> T:
         """The job's result, or what it raises; episodes go on meanwhile. what: names it to a person."""
@@ -105,7 +134,7 @@ class Collector:
     def wait(self, what: str, future: Future[T]) -> T:
         """The same, of a job that was begun before."""
         self._wait_for(what)
-        while not wait([future], timeout=POLL_BESIDE_S).done:
+        while not self._is_done(future):
             try:
                 self._pump(0)
             except LearnerLost:  # the run is about to go back to a checkpoint: what the job still writes must come before that
@@ -113,10 +142,16 @@ class Collector:
                 raise
         return future.result(timeout=0)
 
+    def _is_done(self, future: Future[Any]) -> bool:
+        """Within POLL_BESIDE_S, or as soon as the engines have loaded."""
+        wait([future] if self._loading is None else [future, self._loading[1]], POLL_BESIDE_S, FIRST_COMPLETED)
+        return future.done()
+
     def _pump(self, max_wait_s: float) -> None:
         """Takes in what has finished before it lets late groups go. A poll brings only a part of what finished while this thread was held
         up, so for HELD_S after that no group is late."""
         self.idle_s += time.monotonic() - self._polled_at if self._is_idle else 0.0
+        self._note_loaded()
         num_completed = self._stream.num_completed
         finished = self._rollout.poll(max_wait_s)
         now = time.monotonic()

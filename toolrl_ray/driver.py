@@ -5,23 +5,25 @@
  Task ---------> generate <-> tool --------> Trajectories ---- batch ----> update (algos/)
    ^               ^      collector: polls       ^                            |
    | numbers       |                             | slots released             | policy_version n+1
-   +-- stream -----+------------ weights.sync <--+-- once loaded -------------+
+   +-- stream -----+--------- weights.take, load <--- once loaded ------------+
 ```
 
 Update s + 1 starts from the weights of version s and may train on episodes that began up to `stream.max_staleness_steps` versions before
 (stream/buffer.py has the proof). With 0 it is: one collection, one update, one weight sync, again. With more, episodes go on beside
-update and sync, and take the new weights up in mid-episode. An evaluation after step s (`eval.every_steps`) takes no turn of its own: its
-episodes ride along with the collection of batch s + 1, and that update waits for them, so version s alone samples them. Who waits for whom:
+update and sync, and take the new weights up in mid-episode; and update s + 1 may begin while the engines load the weights of update s
+(weights/sync.py says where). An evaluation after step s (`eval.every_steps`) takes no turn of its own: its episodes ride along with the
+collection of batch s + 1, and that update waits for them, so version s alone samples them. Who waits for whom:
 
 | waits | for | unblocked by |
 |---|---|---|
 | main thread | the next batch, in `Collector.batch` | complete groups; train.stall_timeout_s |
-| main thread | update and sync, in `Collector.beside` | their thread; train.stall_timeout_s |
+| main thread | the update, in `Collector.beside`; a load, in `finish_loading` | their threads; train.stall_timeout_s |
 | an episode | its completion, its tool calls | the engine, the tool; episode.*_deadline_s |
 | an episode that has not begun | a slot of the stream | the next weights, once the engines have them |
 | the thread of a job | learner.update | all ranks; learner.update_timeout_s |
-| the thread of a job | weights.sync | pause, send, resume of every engine; weights.timeout_s each |
-| a replaced engine | the weights | the end of the update and sync under way |
+| the thread of a job | weights: pack or send, load | learner ranks; pause, update, resume of every engine; weights.timeout_s each |
+| the job of a load | the load before it | the same |
+| a replaced engine | the weights | the end of the update and load under way |
 
 A lost learner (LearnerLost) is started anew and the run goes back to its last checkpoint, by the same path as `toolrl train --resume`;
 where it takes none, it ends rather than begin again behind steps that were finished.
@@ -172,6 +174,7 @@ class Run:
                     collector.beside("a checkpoint's snapshot", begin)
             self._finish_checkpoint(parts)
             parts.learner.save_policy(str(self._dir / "policy"), self._policy_dir)  # an evaluation that fails costs no training
+            collector.finish_loading()
             self._evaluate(parts, heldout, "after", stream.num_handed)
             self._store.rescore(stream.num_handed, self._evals["after"]["accuracy"])
 
@@ -197,21 +200,25 @@ class Run:
         count (`tools/NAME/*`, `tools/client/*`): these are of both.
         """
         started, idle_before = time.monotonic(), collector.idle_s
+        if evaluation:
+            collector.finish_loading()  # of version step - 1, which alone is to sample them
         collector.evaluate(evaluation)
         batch, evaluated = collector.batch()
         step, waited_s = stream.num_handed, time.monotonic() - started
         if evaluated:
             self._record_evaluation(f"step-{step - 1}", step - 1, eval_result(evaluated), evaluated)
         written = in_thread(partial(trajectories.write, step, batch))  # a lot, for which the learner need not wait
-        learned = collector.beside("update and weight sync", partial(self._learn, parts, step, batch))
-        stream.loaded(step)
+        learned, load = collector.beside("the update", partial(self._learn, parts, step, batch))
+        collector.load(step, load)
+        if not self._config.stream.max_staleness_steps:
+            collector.finish_loading()
         collector.wait("the trajectories' file", written)
         if self._saving is not None:
             collector.beside("the last checkpoint", partial(self._finish_checkpoint, parts))
         step_s = time.monotonic() - started
         idle_s = collector.idle_s - idle_before
         rollout_s = step_s if self._config.stream.max_staleness_steps else waited_s  # one that runs ahead runs all the time
-        numbers = rollout_metrics(batch, rollout_s, stream.dropped_episodes) | learned | stream.metrics()
+        numbers = rollout_metrics(batch, rollout_s, stream.dropped_episodes) | learned | collector.load_numbers | stream.metrics()
         stats = parts.rollout.tool_stats()
         numbers |= tool_metrics(stats, self._tool_stats)
         self._tool_stats = stats
@@ -233,10 +240,10 @@ class Run:
         self._say(step_line(step, self._config.train.num_steps, numbers))
         return batch, numbers
 
-    def _learn(self, parts: Parts, step: int, batch: list[Trajectory]) -> dict[str, Any]:
+    def _learn(self, parts: Parts, step: int, batch: list[Trajectory]) -> tuple[dict[str, float], Callable[[], dict[str, float]]]:
+        """What the update tells, and the job that brings its weights to the engines."""
         with parts.weights.changing:
-            numbers = parts.learner.update(batch)
-            return numbers | parts.weights.sync(step)
+            return parts.learner.update(batch), parts.weights.take(step)
 
     def _begin_checkpoint(
         self, parts: Parts, step: int, ledger: dict[str, Any], written: tuple[TrajectoryWriter | MetricsWriter, ...]

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,6 +98,9 @@ class InProcessWeights:
 
     def reconnect(self) -> None:
         """There is nothing in between."""
+
+    def take(self, policy_version: int) -> Callable[[], dict[str, float]]:
+        return partial(self.sync, policy_version)
 
     def sync(self, policy_version: int) -> dict[str, float]:
         started = time.monotonic()

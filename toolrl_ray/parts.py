@@ -23,11 +23,13 @@ class Learner(Protocol):
 
 
 class Weights(Protocol):
-    """changing: held from before an update until its weights are synced."""
+    """changing: held from before an update until its weights are taken. take: as they are now; the job that comes back brings them to the
+    engines, and the learner may change them meanwhile. sync: both at once. The numbers are of the weights that the engines then have."""
 
     backend: str
     changing: AbstractContextManager[Any]
 
+    def take(self, policy_version: int) -> Callable[[], dict[str, float]]: ...
     def sync(self, policy_version: int) -> dict[str, float]: ...
     def reconnect(self) -> None: ...
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,9 @@ class SimWeights:
 
     def __init__(self, rollout: SimRollout, speed_up: float):
         self._rollout, self._speed_up = rollout, speed_up
+
+    def take(self, policy_version: int) -> Callable[[], dict[str, float]]:
+        return partial(self.sync, policy_version)
 
     def sync(self, policy_version: int) -> dict[str, float]:
         engines = [actor.engine for actor in self._rollout.actors]

@@ -15,7 +15,7 @@ from toolrl_ray.config import RunConfig
 from toolrl_ray.learner.update import Learner
 from toolrl_ray.recipe import load
 from toolrl_ray.rollout.vllm_engine import VLLMEngine
-from toolrl_ray.weights.trainer import make_sender
+from toolrl_ray.weights.trainer import VLLMSender
 
 SMALL = "task.num_train=64 task.num_heldout=8 eval.num_tasks=8 bootstrap.num_steps=20 train.tasks_per_step=16 train.num_steps=3".split()
 SHARED = ["rollout.num_gpus=0.5", "learner.num_gpus=0.5", "rollout.gpu_memory_utilization=0.4"]
@@ -60,7 +60,7 @@ async def checksums(config: RunConfig, policy: str, backend: str, learner: Learn
         [loaded] = await engine.checksums()
         if learner is None:
             return [loaded]
-        sender = await asyncio.to_thread(make_sender, backend, Client(engine), learner, 0, 1, "127.0.0.1")
+        sender = await asyncio.to_thread(VLLMSender, backend, Client(engine), learner, 0, 1, "127.0.0.1")
         await engine.pause()
         await asyncio.to_thread(sender.send)
         await engine.resume()

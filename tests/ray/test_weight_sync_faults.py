@@ -93,7 +93,7 @@ class Weight:
 
 @ray.remote(num_cpus=0)
 class Learner(LearnerActor):
-    """Sends as the real one does. fate: what befalls it in `send_weights`."""
+    """Packs as the real one does. fate: what befalls it in `pack_weights`."""
 
     def begin(self, fate: str = "") -> None:
         self.learner, self.fate = Weight(), fate
@@ -101,9 +101,9 @@ class Learner(LearnerActor):
     def set(self, value: float) -> None:
         self.learner.value = value
 
-    def send_weights(self, policy_version: int) -> None:
+    def pack_weights(self) -> tuple[None, dict | None]:
         misbehave(self.fate)
-        super().send_weights(policy_version)
+        return super().pack_weights()
 
 
 def answer(method):
@@ -205,7 +205,7 @@ def test_after_all_attempts_the_error_of_the_last_is_raised(make, caplog) -> Non
 
 @pytest.mark.parametrize(
     ("fate", "message"),
-    [("hangs", r"LearnerActor \[0\] did not answer phase send within 8 s"), ("dies", "LearnerActor 0 failed in phase send")],
+    [("hangs", r"LearnerActor \[0\] did not answer phase pack within 2 s"), ("dies", "LearnerActor 0 failed in phase pack")],
 )
 def test_a_learner_that_is_lost_is_not_asked_again(fate, message, make, caplog) -> None:
     sync, _, _ = make(Engine.remote(), fate=fate)
@@ -216,7 +216,7 @@ def test_a_learner_that_is_lost_is_not_asked_again(fate, message, make, caplog) 
 
 def test_a_learner_whose_exception_does_not_unpickle_is_asked_again(make, caplog) -> None:
     sync, _, _ = make(Engine.remote(), fate="chokes")
-    with pytest.raises(WeightSyncError, match="LearnerActor 0 failed in phase send: .*OfTwo: no unpickling of this$"):
+    with pytest.raises(WeightSyncError, match="LearnerActor 0 failed in phase pack: .*OfTwo: no unpickling of this$"):
         sync.sync(1)
     assert len(caplog.messages) == MAX_TRIES - 1
 
@@ -228,25 +228,70 @@ def test_a_rank_that_waits_for_one_that_failed_is_lost_without_waiting_for_the_d
     try:
         fates = ["hangs", "fails", "is slow"]
         ray.get([learner.begin.remote(fate) for learner, fate in zip(learners, fates, strict=True)], timeout=60)
-        ray.get([learners[2].connect_weights.remote("object_store", [])], timeout=60)
-        message = r"LearnerActor 1 failed in phase send: RuntimeError: out of memory; and LearnerActor \[0\] did not come out of phase send"
+        message = r"LearnerActor 1 failed in phase pack: RuntimeError: out of memory; and LearnerActor \[0\] did not come out of phase pack"
         with pytest.raises(LearnerLost, match=message):
-            client.wait_all("send", [learner.send_weights.remote(1) for learner in learners], 500.0, "LearnerActor")
+            client.wait_all("pack", [learner.pack_weights.remote() for learner in learners], 500.0, "LearnerActor")
     finally:
         for learner in learners:
             ray.kill(learner)
 
 
-def test_ranks_that_all_come_out_of_a_failed_send_are_asked_again(cluster) -> None:
+def test_ranks_that_all_come_out_of_a_failed_pack_are_asked_again(cluster) -> None:
     learners = [Learner.remote(run_config(), "", rank, 2) for rank in range(2)]
     try:
         ray.get([learner.begin.remote(fate) for learner, fate in zip(learners, ["fails", ""], strict=True)], timeout=60)
-        ray.get([learners[1].connect_weights.remote("object_store", [])], timeout=60)
-        with pytest.raises(WeightSyncError, match="LearnerActor 0 failed in phase send: RuntimeError: out of memory$"):
-            client.wait_all("send", [learner.send_weights.remote(1) for learner in learners], 500.0, "LearnerActor")
+        with pytest.raises(WeightSyncError, match="LearnerActor 0 failed in phase pack: RuntimeError: out of memory$"):
+            client.wait_all("pack", [learner.pack_weights.remote() for learner in learners], 500.0, "LearnerActor")
     finally:
         for learner in learners:
             ray.kill(learner)
+
+
+def test_the_learner_may_go_on_once_its_weights_are_taken(make) -> None:
+    engine = Engine.remote()
+    sync, _, learner = make(engine)
+    load = sync.take(3)
+    ray.get(learner.set.remote(2.0), timeout=30)
+    assert seen(engine) == ([], 0.0)
+    assert load()["weights/policy_version"] == 3
+    log, weight = seen(engine)
+    assert weight == 1.0 and log[-2:] == ["finish_weight_update3", "resume"]
+
+
+def test_weights_of_a_history_that_was_given_up_never_reach_an_engine(make) -> None:
+    engine = Engine.remote()
+    sync, _, learner = make(engine)
+    late = sync.take(3)
+    ray.get(learner.set.remote(2.0), timeout=30)
+    sync.sync(2)  # as after a checkpoint was loaded
+    late()
+    log, weight = seen(engine)
+    assert weight == 2.0 and "finish_weight_update3" not in log
+
+
+def test_the_weights_that_were_taken_reach_engines_in_spite_of_failures(make, caplog) -> None:
+    healthy, bad = Engine.remote(), Engine.remote("update_weights", "dies")
+    sync, pool, learner = make(healthy, bad)
+    load = sync.take(3)
+    pool.lives = {0, 1}
+    ray.get(learner.set.remote(2.0), timeout=30)
+    load()
+    assert (seen(healthy)[1], seen(bad)[1]) == (1.0, 1.0)
+    assert len(caplog.messages) == 1
+
+
+def test_no_engine_is_readmitted_while_another_loads(make) -> None:
+    slow = Engine.remote("update_weights", "is slow")
+    sync, _, _ = make(slow)
+    thread = threading.Thread(target=sync.take(3))
+    thread.start()
+    while "update_weights" not in seen(slow)[0]:
+        time.sleep(0.01)
+    answers = []
+    while thread.is_alive():
+        answers.append(sync.readmit())
+        thread.join(timeout=0.05)
+    assert answers[:-1] == [False] * len(answers[:-1]) and answers, answers
 
 
 def test_an_engine_that_comes_back_gets_the_current_weights_and_not_while_they_change(make) -> None:

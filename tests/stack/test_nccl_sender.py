@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from toolrl_ray.errors import WeightSyncError
-from toolrl_ray.weights.trainer import make_sender
+from toolrl_ray.weights.trainer import VLLMSender
 
 NAMES = ["a", "b", "c"]
 
@@ -97,7 +97,7 @@ PHASES = ["init_weight_transfer_engine", "start_weight_update", "update_weights"
 @pytest.mark.parametrize("phase", PHASES[1:])
 def test_engines_that_fail_end_the_broadcast_and_rank_0_stays_in_the_gathers_of_all_ranks(group: Group, phase: str) -> None:
     client, weights = Client(group, phase), Weights()
-    sender = make_sender("nccl", client, weights, 0, 2, "127.0.0.1")
+    sender = VLLMSender("nccl", client, weights, 0, 2, "127.0.0.1")
     with pytest.raises(WeightSyncError, match=f"RolloutActor 1 failed in phase {phase}$"):
         sender.send()
     assert weights.num_gathers == 1
@@ -109,7 +109,7 @@ def test_engines_that_fail_end_the_broadcast_and_rank_0_stays_in_the_gathers_of_
 
 def test_a_connection_serves_many_updates_and_is_freed_when_it_is_closed(group: Group) -> None:
     client, weights = Client(group), Weights()
-    sender = make_sender("nccl", client, weights, 0, 2, "127.0.0.1")
+    sender = VLLMSender("nccl", client, weights, 0, 2, "127.0.0.1")
     for _ in range(2):
         sender.send()
     assert client.calls == PHASES + PHASES[1:]
@@ -121,7 +121,7 @@ def test_a_connection_serves_many_updates_and_is_freed_when_it_is_closed(group: 
 
 def test_a_rank_that_only_gathers_has_nothing_to_close(group: Group) -> None:
     client, weights = Client(group), Weights()
-    sender = make_sender("nccl", client, weights, 1, 2, "127.0.0.1")
+    sender = VLLMSender("nccl", client, weights, 1, 2, "127.0.0.1")
     sender.send()
     sender.close()
     assert weights.num_gathers == 1 and client.calls == []
@@ -133,6 +133,6 @@ def test_a_failure_of_the_learner_itself_is_raised_as_it_is(group: Group) -> Non
             yield NAMES[0], torch.zeros(2)
             raise RuntimeError("the gather failed")
 
-    sender = make_sender("nccl", Client(group), Broken(), 0, 2, "127.0.0.1")
+    sender = VLLMSender("nccl", Client(group), Broken(), 0, 2, "127.0.0.1")
     with pytest.raises(RuntimeError, match="the gather failed"):
         sender.send()

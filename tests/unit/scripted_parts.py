@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from toolrl_ray.parts import Parts
@@ -75,6 +76,9 @@ class ScriptedParts:
         self.note("update")
         self.weights += sorted({t.request.group_id for t in trajectories}, key=int)
         return {"tokens/trained": sum(t.num_trained_tokens for t in trajectories)}
+
+    def take(self, policy_version: int) -> Callable[[], dict[str, float]]:
+        return partial(self.sync, policy_version)
 
     def sync(self, policy_version: int) -> dict[str, float]:
         self.note(f"sync {policy_version}")

@@ -11,7 +11,7 @@ from tests.unit.scripted_parts import ScriptedParts, trajectory
 from toolrl_ray import collector as module
 from toolrl_ray.collector import Collector, collect
 from toolrl_ray.config import EvalConfig, StreamConfig
-from toolrl_ray.errors import LearnerError, LearnerLost, RolloutError, StallError
+from toolrl_ray.errors import LearnerError, LearnerLost, RolloutError, StallError, WeightSyncError
 from toolrl_ray.evaluation import eval_requests
 from toolrl_ray.stream.buffer import Stream
 from toolrl_ray.tasks.stream import TaskStream
@@ -56,6 +56,60 @@ def test_episodes_go_on_beside_a_job_as_far_as_the_staleness_bound_allows() -> N
     assert len(rollout.collections) == 1
     stream.loaded(1)
     assert [t.request.group_id for t in a_collector.batch()[0]] == ["2", "3"]
+
+
+def test_the_next_update_may_run_while_the_engines_load_and_slots_are_released_once_they_have() -> None:
+    rollout = Concurrent()
+    a_collector, stream = collector(rollout)
+    a_collector.batch()
+    loaded, updated = threading.Event(), threading.Event()
+
+    def load() -> dict[str, float]:
+        assert updated.wait(30)
+        loaded.wait(30)
+        rollout.version = 1
+        return {"weights/policy_version": 1}
+
+    a_collector.load(1, load)
+    batch, _ = a_collector.batch()  # which was admitted with the first one
+    assert [t.request.group_id for t in batch] == ["2", "3"]
+    a_collector.beside("the next update", updated.set)
+    assert (stream.loaded_version, a_collector.load_numbers["weights/policy_version"], len(rollout.collections)) == (0, 0, 1)
+    loaded.set()
+    assert [t.request.group_id for t in a_collector.batch()[0]] == ["4", "5"]
+    assert (stream.loaded_version, a_collector.load_numbers) == (1, {"weights/policy_version": 1})
+
+
+def test_a_load_waits_for_the_one_before_it() -> None:
+    a_collector, stream = collector(Concurrent())
+    first, log = threading.Event(), []
+    a_collector.load(1, lambda: first.wait(30) and log.append(1) or {})
+    threading.Timer(0.1, first.set).start()
+    a_collector.load(2, lambda: log.append(2) or {})
+    a_collector.finish_loading()
+    assert (log, stream.loaded_version) == ([1, 2], 2)
+
+
+def test_what_a_load_raises_the_next_wait_raises() -> None:
+    def load() -> dict[str, float]:
+        raise WeightSyncError("RolloutActor 1 failed")
+
+    never = threading.Event()
+    a_collector, stream = collector(Concurrent())
+    a_collector.load(1, load)
+    with pytest.raises(WeightSyncError, match="RolloutActor 1 failed"):
+        a_collector.beside("the next update", never.wait)
+    never.set()
+    assert stream.loaded_version == 0
+
+
+def test_engines_that_never_come_to_their_weights_are_noticed() -> None:
+    never = threading.Event()
+    a_collector, _ = collector(Stalled(), stall_timeout_s=0.05)
+    a_collector.load(1, never.wait)
+    with pytest.raises(StallError, match="waiting for the engines to load new weights"):
+        a_collector.batch()
+    never.set()
 
 
 def test_what_a_job_raises_is_raised() -> None:

@@ -70,17 +70,23 @@ class LearnerActor:
     def load_state(self, directory: str) -> None:
         self.learner.load_state(directory)
 
+    def pack_weights(self) -> tuple[None, dict[str, Any] | None]:
+        """Two results: whoever waits for the first need not fetch the weights."""
+        from toolrl_ray.weights.trainer import pack
+
+        return None, pack(self.learner, self.rank)
+
     def connect_weights(self, backend: str, rollout_actors: list[Any]) -> None:
         import ray
 
         from toolrl_ray.weights.client import RayWeightClient
-        from toolrl_ray.weights.trainer import make_sender
+        from toolrl_ray.weights.trainer import VLLMSender
 
         self.client = RayWeightClient(rollout_actors, self.config.weights.timeout_s)
         if self.sender is not None:
             self.sender.close()
         address = ray.util.get_node_ip_address()
-        self.sender = make_sender(backend, self.client, self.learner, self.rank, len(rollout_actors), address)
+        self.sender = VLLMSender(backend, self.client, self.learner, self.rank, len(rollout_actors), address)
 
     def send_weights(self, policy_version: int) -> None:
         self.client.policy_version = policy_version

@@ -27,32 +27,33 @@ def what_it_raised(error: RayError) -> str:
 
 
 class RayWeightClient:
-    """vLLM's weight-sync protocol, fanned out to all RolloutActors. `policy_version` is stamped at `finish_weight_update`."""
+    """vLLM's weight-sync protocol, fanned out to all RolloutActors. policy_version: of a `finish_weight_update` that names none."""
 
     def __init__(self, actors: list[Any], timeout_s: float):
-        self._actors = actors
+        self.actors = actors
         self._timeout_s = timeout_s
         self.policy_version = 0
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         # In an NCCL group rank 0 is the learner, and each engine has a rank of its own.
-        infos = [{**init_info, "rank_offset": 1 + i} if "rank_offset" in init_info else init_info for i in range(len(self._actors))]
-        refs = [actor.init_weight_transfer.remote(info) for actor, info in zip(self._actors, infos, strict=True)]
+        infos = [{**init_info, "rank_offset": 1 + i} if "rank_offset" in init_info else init_info for i in range(len(self.actors))]
+        refs = [actor.init_weight_transfer.remote(info) for actor, info in zip(self.actors, infos, strict=True)]
         self._all("init_weight_transfer", refs)
 
     def start_weight_update(self) -> None:
-        self._all("start_weight_update", [actor.start_weight_update.remote() for actor in self._actors])
+        self._all("start_weight_update", [actor.start_weight_update.remote() for actor in self.actors])
 
     def update_weights(self, update_info: Any) -> None:
-        shared = ray.put(update_info)  # one copy in the object store, however many engines read it
-        self._all("update_weights", [actor.update_weights.remote(shared) for actor in self._actors])
+        """update_info: as such or by reference; there is one copy in the object store, however many engines read it."""
+        shared = update_info if isinstance(update_info, ray.ObjectRef) else ray.put(update_info)
+        self._all("update_weights", [actor.update_weights.remote(shared) for actor in self.actors])
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         version = self.policy_version if weight_version is None else int(weight_version)
-        self._all("finish_weight_update", [actor.finish_weight_update.remote(version) for actor in self._actors])
+        self._all("finish_weight_update", [actor.finish_weight_update.remote(version) for actor in self.actors])
 
     def _all(self, phase: str, refs: list[Any]) -> None:
-        wait_all(phase, refs, self._timeout_s, replace=self._actors)
+        wait_all(phase, refs, self._timeout_s, replace=self.actors)
 
 
 def wait_all(phase: str, refs: list[Any], timeout_s: float, who: str = "RolloutActor", replace: Sequence[Any] = ()) -> list[Any]:

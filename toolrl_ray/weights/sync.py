@@ -1,23 +1,30 @@
-"""The driver's weight sync: pause the engines, let the learner send, resume. Each phase has a deadline that names it.
+"""The driver's weight sync: pause the engines, bring them the learner's weights, resume. Each phase has a deadline that names it.
 
 Consumes: the learner's weights at a policy version. Waits for: the learner ranks and every RolloutActor. Unblocked by: their
 answers, their death, or weights.timeout_s. Episodes that are under way stay where they are and go on by the new weights, every token with
 the version that sampled it. What becomes of the engines' caches, which the weights before have computed, weights.kv_cache says.
+
+Through the object store the learner only packs its weights, and is free for its next update while the engines take up the copy. With
+nccl and ipc it sends them itself, and is free when all engines have them.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
 
 from toolrl_ray.config import RunConfig
 from toolrl_ray.errors import WeightSyncError
-from toolrl_ray.weights.client import wait_all
+from toolrl_ray.weights.client import RayWeightClient, wait_all
 
 log = logging.getLogger(__name__)
 MAX_TRIES = 3
+T = TypeVar("T")
 
 
 def select_backend(config: RunConfig) -> str:
@@ -39,25 +46,32 @@ def shares_gpu(config: RunConfig) -> bool:
 class WeightSync:
     """pool: the RolloutPool. learners: LearnerActor handles, rank order; the list may be refilled by others.
 
-    changing: held, from before an update begins until its weights are synced, by whoever does that. Meanwhile nobody else may send:
+    changing: held, from before an update begins until its weights are taken, by whoever does that. Meanwhile nobody else may take any:
     the learner's weights would be taken for those of another version.
     """
 
     def __init__(self, config: RunConfig, pool: Any, learners: list[Any]):
-        self._config = config
+        self._timeout_s = config.weights.timeout_s
         self._pool = pool
-        self._actors: list[Any] = []
         self._learners = learners
+        self._client = RayWeightClient([], self._timeout_s)
         self.backend = select_backend(config)
         self.policy_version = 0
         self.changing = threading.RLock()
+        self._loading = threading.RLock()  # held by whoever brings weights to the engines; taken after `changing`, never before
+        self._num_syncs = 0
         self._connected = False
 
     def connect(self) -> None:
         """Rendezvous of the learner and all engines that are up; again after one was lost or has joined."""
-        self._actors = self._pool.reachable()
-        refs = [learner.connect_weights.remote(self.backend, self._actors) for learner in self._learners]
-        wait_all("connect", refs, 2 * self._config.weights.timeout_s, "LearnerActor")  # the engines' answers have timeout_s
+        self._client = RayWeightClient(self._pool.reachable(), self._timeout_s)
+        if not self._client.actors:
+            raise WeightSyncError("weight sync: no RolloutActor answers")
+        if self.backend == "object_store":
+            self._client.init_weight_transfer_engine({})
+        else:
+            refs = [learner.connect_weights.remote(self.backend, self._client.actors) for learner in self._learners]
+            wait_all("connect", refs, 2 * self._timeout_s, "LearnerActor")  # the engines' answers have timeout_s
         self._connected = True
 
     def sync(self, policy_version: int) -> dict[str, float]:
@@ -66,29 +80,42 @@ class WeightSync:
         Raises WeightSyncError after MAX_TRIES attempts; between them, engines that died are left out, to be readmitted later.
         """
         with self.changing:
-            self.policy_version = policy_version
+            self._num_syncs += 1
+            return self.take(policy_version)()
+
+    def take(self, policy_version: int) -> Callable[[], dict[str, float]]:
+        """Take the learner's weights as they are. The job that comes back, to be called once, brings every engine that is up to them, and
+        raises as `sync` does. It leaves the engines alone once a `sync` has followed, whose weights are as new, or of another history.
+        """
+        with self.changing:
             started = time.monotonic()
-            for attempt in range(1, MAX_TRIES + 1):
-                try:
-                    if not self._connected:
-                        self.connect()
-                    self._sync_once()
-                    break
-                except WeightSyncError as error:
-                    self._connected = False
-                    if attempt == MAX_TRIES:
-                        raise
-                    log.warning("%s; trying again (%d of %d)", error, attempt + 1, MAX_TRIES)
-        return {"time/weight_sync_s": time.monotonic() - started, "weights/policy_version": policy_version}
+            self.policy_version = policy_version
+            payload = self._try(self._pack) if self.backend == "object_store" else self._load(self._send)
+            num_syncs, taken_s = self._num_syncs, time.monotonic() - started
+
+        def job() -> dict[str, float]:
+            started = time.monotonic()
+            with self._loading:
+                if payload is not None and num_syncs == self._num_syncs:
+                    self._load(partial(self._hand_out, payload, policy_version))
+            return {"time/weight_sync_s": taken_s + time.monotonic() - started, "weights/policy_version": policy_version}
+
+        return job
 
     def readmit(self) -> bool:
-        """Connect to engines that have come up and bring all to the current version. False, and nothing done, while `changing` is held."""
+        """Connect to engines that have come up and bring all to the current version. False, and nothing done, while weights change or are
+        on their way."""
         if not self.changing.acquire(blocking=False):
             return False
         try:
-            self._connected = False
-            self.sync(self.policy_version)
-            return True
+            if not self._loading.acquire(blocking=False):
+                return False
+            try:
+                self._connected = False
+                self.sync(self.policy_version)
+                return True
+            finally:
+                self._loading.release()
         finally:
             self.changing.release()
 
@@ -96,10 +123,41 @@ class WeightSync:
         """The learner's processes are new ones."""
         self._connected = False
 
-    def _sync_once(self) -> None:
-        """An engine whose update broke off is of no version at all, and stays frozen until the next attempt has come through."""
-        timeout_s = self._config.weights.timeout_s
-        wait_all("pause", [actor.pause.remote() for actor in self._actors], timeout_s, replace=self._actors)
+    def _pack(self) -> Any:
+        """A reference to the first rank's weights, which stay where they are until an engine asks for them."""
+        refs = [learner.pack_weights.options(num_returns=2).remote() for learner in self._learners]
+        wait_all("pack", [done for done, _ in refs], self._timeout_s, "LearnerActor")
+        return refs[0][1]
+
+    def _hand_out(self, payload: Any, policy_version: int) -> None:
+        self._client.start_weight_update()
+        self._client.update_weights(payload)
+        self._client.finish_weight_update(str(policy_version))
+
+    def _send(self) -> None:
         refs = [learner.send_weights.remote(self.policy_version) for learner in self._learners]
-        wait_all("send", refs, 4 * timeout_s, "LearnerActor")  # init, start, update and finish have timeout_s each
-        wait_all("resume", [actor.resume.remote() for actor in self._actors], timeout_s, replace=self._actors)
+        wait_all("send", refs, 4 * self._timeout_s, "LearnerActor")  # init, start, update and finish have timeout_s each
+
+    def _load(self, send: Callable[[], None]) -> None:
+        """An engine whose update broke off is of no version at all, and stays frozen until the next attempt has come through."""
+
+        def load() -> None:
+            if not self._connected:
+                self.connect()
+            actors = self._client.actors
+            wait_all("pause", [actor.pause.remote() for actor in actors], self._timeout_s, replace=actors)
+            send()
+            wait_all("resume", [actor.resume.remote() for actor in actors], self._timeout_s, replace=actors)
+
+        with self._loading:
+            self._try(load)
+
+    def _try(self, action: Callable[[], T]) -> T:
+        for attempt in itertools.count(1):
+            try:
+                return action()
+            except WeightSyncError as error:
+                self._connected = False
+                if attempt == MAX_TRIES:
+                    raise
+                log.warning("%s; trying again (%d of %d)", error, attempt + 1, MAX_TRIES)

@@ -1,9 +1,9 @@
-"""The learner's end of a weight transfer: `Sender.send` pushes the whole policy to every engine, and every rank calls it.
+"""The learner's end of a weight transfer, which every rank calls.
 
-Three back ends, one handshake (vLLM's: init, start, update, finish):
-- object_store: rank 0 packs the weights into one safetensors buffer and puts it into Ray's object store. CPU.
-- nccl: vLLM's own; broadcast between GPUs.
-- ipc: vLLM's own; learner and engine share a GPU.
+Three back ends, one handshake with the engines (vLLM's: init, start, update, finish):
+- object_store: rank 0 packs the weights into one safetensors buffer; the driver hands it out through Ray's object store. CPU.
+- nccl: vLLM's own; broadcast between GPUs. `VLLMSender.send` pushes the whole policy to every engine.
+- ipc: the same, where learner and engine share a GPU.
 """
 
 from __future__ import annotations
@@ -31,33 +31,13 @@ class NamedWeights(Protocol):
     def weights_metadata(self) -> list[tuple[str, tuple[int, ...], str]]: ...
 
 
-def make_sender(
-    backend: str, client: WeightClient, weights: NamedWeights, rank: int, num_engines: int, address: str
-) -> ObjectStoreSender | VLLMSender:
-    """address: of this node, where an NCCL group meets."""
-    if backend == "object_store":
-        return ObjectStoreSender(client, weights, rank)
-    return VLLMSender(backend, client, weights, rank, num_engines, address)
-
-
-class ObjectStoreSender:
-    def __init__(self, client: WeightClient, weights: NamedWeights, rank: int):
-        self._client, self._weights, self._rank = client, weights, rank
+def pack(weights: NamedWeights, rank: int) -> dict[str, Any] | None:
+    """What the engines' `update_weights` takes, on rank 0; None on the others."""
+    tensors = {}
+    for name, tensor in weights.named_weights():
         if rank == 0:
-            client.init_weight_transfer_engine({})
-
-    def send(self) -> None:
-        tensors = {}
-        for name, tensor in self._weights.named_weights():
-            if self._rank == 0:
-                tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
-        if self._rank == 0:
-            self._client.start_weight_update()
-            self._client.update_weights({"payload": save(tensors)})
-            self._client.finish_weight_update()
-
-    def close(self) -> None:
-        """There is no connection."""
+            tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
+    return {"payload": save(tensors)} if rank == 0 else None
 
 
 class _PatientClient:
@@ -90,7 +70,10 @@ class _PatientClient:
 
 
 class VLLMSender:
-    """nccl and ipc, by vLLM's trainer engines. After a failed `send` it is of no use any more but to be closed."""
+    """nccl and ipc, by vLLM's trainer engines. After a failed `send` it is of no use any more but to be closed.
+
+    address: of this node, where an NCCL group meets.
+    """
 
     def __init__(self, backend: str, client: WeightClient, weights: NamedWeights, rank: int, num_engines: int, address: str):
         from vllm.distributed.weight_transfer import WeightTransferTrainerFactory

@@ -53,7 +53,7 @@ def test_a_new_connection_closes_the_one_before(monkeypatch: pytest.MonkeyPatch)
             log.append(f"close {self.number}")
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr("toolrl_ray.weights.trainer.make_sender", Sender)
+    monkeypatch.setattr("toolrl_ray.weights.trainer.VLLMSender", Sender)
     actor = LearnerActor(load("calculator"), "")
     actor.learner = object()
     for _ in range(3):

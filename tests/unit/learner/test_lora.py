@@ -16,7 +16,7 @@ from toolrl_ray.learner.batch import make_batch
 from toolrl_ray.learner.targets import score
 from toolrl_ray.learner.update import Learner
 from toolrl_ray.rollout.transformers_engine import TransformersEngine
-from toolrl_ray.weights.trainer import ObjectStoreSender
+from toolrl_ray.weights.trainer import pack
 
 IDS = torch.tensor([[5, 4, 3, 2, 1, 17, 60]])
 KINDS = ("tied", "untied", "gpt2")
@@ -196,22 +196,14 @@ def test_after_each_weight_sync_in_process_the_engine_scores_as_the_learner_does
 def test_a_weight_sync_as_between_actors_sends_the_base_names_and_merged_weights(tied):
     x, rollout = trained(tied), Rollout(tied)
 
-    class Client:
-        """What RayWeightClient does, with one engine and no Ray."""
+    async def hand_out(update_info):
+        await rollout.engine.init_weight_transfer({})
+        await rollout.engine.start_weight_update()
+        await rollout.engine.update_weights(update_info)
+        await rollout.engine.finish_weight_update(x.policy_version)
 
-        def init_weight_transfer_engine(self, init_info):
-            asyncio.run(rollout.engine.init_weight_transfer(init_info))
-
-        def start_weight_update(self):
-            asyncio.run(rollout.engine.start_weight_update())
-
-        def update_weights(self, update_info):
-            asyncio.run(rollout.engine.update_weights(update_info))
-
-        def finish_weight_update(self, weight_version=None):
-            asyncio.run(rollout.engine.finish_weight_update(x.policy_version))
-
-    ObjectStoreSender(Client(), x, 0).send()
+    assert pack(x, 1) is None
+    asyncio.run(hand_out(pack(x, 0)))
     ids = IDS[0].tolist()
     assert asyncio.run(rollout.engine.score(ids)) == pytest.approx(x.logprobs(ids), abs=1e-5)
 
