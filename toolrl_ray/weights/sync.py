@@ -103,19 +103,15 @@ class WeightSync:
         return job
 
     def readmit(self) -> bool:
-        """Connect to engines that have come up and bring all to the current version. False, and nothing done, while weights change or are
-        on their way."""
+        """Connect to engines that have come up and bring all to the current version. False, and nothing done, while `changing` is held.
+        A load is waited for, since one may be under way whenever `changing` is free."""
         if not self.changing.acquire(blocking=False):
             return False
         try:
-            if not self._loading.acquire(blocking=False):
-                return False
-            try:
+            with self._loading:
                 self._connected = False
                 self.sync(self.policy_version)
-                return True
-            finally:
-                self._loading.release()
+            return True
         finally:
             self.changing.release()
 
