@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError, UnserializableException
+from ray.exceptions import ObjectLostError, RayError, RayTaskError, UnserializableException
 
 from toolrl_ray.errors import LearnerLost, WeightSyncError
 
@@ -61,8 +61,8 @@ def wait_all(phase: str, refs: list[Any], timeout_s: float, who: str = "RolloutA
     is one that fails where others do not: what all fail in is no fault of theirs.
 
     Raises WeightSyncError naming the actor and the phase when one fails, dies or does not answer within `timeout_s`; LearnerLost, saying
-    the same, for a LearnerActor that died or does not answer. For learners the first failure ends the wait. For engines it does not: they
-    are independent, and one that is only slower must not be killed.
+    the same, for a LearnerActor that died or does not answer, or whose node has gone with the weights that it packed. For learners the
+    first failure ends the wait. For engines it does not: they are independent, and one that is only slower must not be killed.
     """
     if who == "LearnerActor":
         done, late = _until_one_fails(refs, timeout_s)
@@ -76,7 +76,8 @@ def wait_all(phase: str, refs: list[Any], timeout_s: float, who: str = "RolloutA
         except RayError as error:
             failed[i] = error
     silent = [i for i, ref in enumerate(refs) if ref in late]
-    alone = [i for i, error in failed.items() if isinstance(error, RAISED)] if len(failed) < len(refs) else []
+    own = [i for i, error in failed.items() if isinstance(error, RAISED) and not _lacks_weights(error)]
+    alone = own if len(failed) < len(refs) else []
     for i in [*silent, *alone] if replace else []:
         ray.kill(replace[i], no_restart=False)
     if failed:  # the first cause before its effects
@@ -107,7 +108,14 @@ def _until_one_fails(refs: list[Any], timeout_s: float) -> tuple[list[Any], list
     return done, late
 
 
+def _lacks_weights(error: RayError) -> bool:
+    """Whether an engine failed because what it was to load is nowhere any more."""
+    return isinstance(getattr(error, "cause", None), ObjectLostError)
+
+
 def _failure(phase: str, who: str, index: int, error: RayError) -> Exception:
+    if _lacks_weights(error):
+        return LearnerLost(f"weight sync: the packed weights were gone, with their node, when {who} {index} came to load them")
     if isinstance(cause := getattr(error, "cause", None), WeightSyncError):
         return cause
     kind = LearnerLost if who == "LearnerActor" and not isinstance(error, RAISED) else WeightSyncError
