@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
+import os
 import shlex
 import signal
 import sys
@@ -51,6 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str] | None) -> int:
     options = _parse(arguments)
+    try:
+        os.getcwd()
+    except OSError as error:
+        return _end(f"the working folder cannot be used ({error.strerror}); change to another one", EXIT_USER, error)
     signal.signal(signal.SIGTERM, _on_sigterm)
     # To save a model, transformers imports DeepSpeed, which tells stdout where it finds no GPU.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)

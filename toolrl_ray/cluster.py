@@ -59,7 +59,7 @@ def reach(address: str | None, say: Callable[[str], None], *, verbose: bool = Fa
         start_local(say, object_store_memory=LOCAL_OBJECT_STORE_BYTES, **options)
     else:
         say(f"connecting to the Ray cluster at {address}")
-        _check_reachable(address)
+        check_reachable(address)
         try:
             ray.init(address=address, **options)
         except AuthenticationError:
@@ -70,7 +70,7 @@ def reach(address: str | None, say: Callable[[str], None], *, verbose: bool = Fa
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own handler in the place of the caller's
 
 
-def _check_reachable(address: str) -> None:
+def check_reachable(address: str) -> None:
     """Ray itself tries for minutes, and talks meanwhile. And it shows its token only to a cluster that it has found by itself, where
     most clusters want one: here also to one that is named and asks for it."""
     host, _, port = address.rpartition(":")

@@ -262,7 +262,7 @@ class TrackingConfig(Section):
 
 
 class RunConfig(Section):
-    recipe: str
+    recipe: str = Field(pattern=r"^[^/.][^/]*$")  # a part of the default run_dir
     seed: int = Field(0, ge=0, lt=MAX_SEED)
     run_dir: str | None = None  # default: runs/RECIPE-TIME
     policy: PolicyConfig = PolicyConfig()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import logging
 import mmap
@@ -28,6 +29,7 @@ from toolrl_ray.sweep import evaluations
 
 log = logging.getLogger(__name__)
 LOCK = ".lock"
+FILES = ("metrics.jsonl", "trajectories.jsonl", "eval.json")
 MAY_DIFFER = re.compile(  # in a resumed run: where and how fast it runs, how long, and what it tells, but not what it learns
     r"\w+\.(\w+_)?(timeout|deadline)_s"
     r"|learner\.(zero_stage|num_ranks|num_cpus|num_gpus|num_threads|max_microbatch_tokens|gradient_checkpointing)"
@@ -47,7 +49,7 @@ def claim(config: RunConfig) -> Path:
 
     Raises UserError when it holds anything, or cannot be made.
     """
-    run_dir = Path(config.run_dir or f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser().absolute()
+    run_dir = Path(config.run_dir or _free_name(f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")).expanduser().absolute()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if any(run_dir.iterdir()):
@@ -56,9 +58,15 @@ def claim(config: RunConfig) -> Path:
         write_whole(run_dir / "config.yaml", dump(config))
     except FileExistsError:
         raise UserError(f"run_dir={str(run_dir)!r} exists and is not empty; choose another folder (run_dir=...) or remove it") from None
-    except OSError as error:
-        raise UserError(f"run_dir={str(run_dir)!r} cannot be made ({error.strerror}); choose another folder (run_dir=...)") from None
+    except (OSError, ValueError) as error:  # the latter of a name with a NUL character, or one that is no text
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"run_dir={str(run_dir)!r} cannot be made ({reason}); choose another folder (run_dir=...)") from None
     return run_dir
+
+
+def _free_name(name: str) -> str:
+    """Itself, or with a number behind it: runs may begin in the same second."""
+    return next(free for n in itertools.count(1) if not os.path.exists(free := name if n == 1 else f"{name}-{n}"))
 
 
 def reopen(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -70,6 +78,9 @@ def reopen(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
     run_dir = run_dir.expanduser().absolute()
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"--resume {str(run_dir)!r}: no config.yaml there; give the folder of a run")
+    for name, is_right in (*((name, Path.is_file) for name in FILES), ("checkpoints", Path.is_dir)):
+        if (path := run_dir / name).exists() and not is_right(path):
+            raise UserError(f"--resume {str(run_dir)!r}: {path} is {'no file' if name in FILES else 'no folder'}; move it away")
     try:
         owner = _lock(run_dir, "a+")
     except OSError as error:
@@ -193,7 +204,11 @@ def _noted_owner(run_dir: Path, file: IO[str]) -> str | None:
 def _resumed(run_dir: Path, overrides: Sequence[str]) -> tuple[RunConfig, RunConfig]:
     """The saved configuration, and that with the overrides."""
     source, here = str(run_dir / "config.yaml"), f"run_dir={json.dumps(str(run_dir))}"
-    saved, config = load(source, [here]), load(source, [here, *overrides])
+    try:
+        saved = load(source, [here])
+    except ConfigError as error:
+        raise ConfigError(f"{source} is damaged, or of another version: {error}") from None
+    config = load(source, [here, *overrides])
     for key, before, now in differences(saved.model_dump(mode="json"), config.model_dump(mode="json")):
         if not MAY_DIFFER.fullmatch(key):
             raise ConfigError(f"{key}={now!r} contradicts the run in {str(run_dir)!r}, which has {before!r}; a new run can have it")

@@ -20,13 +20,13 @@ STOP_WAIT_S = 30  # that a job has to end in after SIGTERM
 @contextmanager
 def _told(address: str) -> Iterator[None]:
     """What a cluster may answer to a request, as one line."""
-    from ray.exceptions import AuthenticationError
+    from ray.exceptions import AuthenticationError, RayError
 
     try:
         yield
     except AuthenticationError:
         raise UserError(f"the cluster at {address} wants a token: export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN=...") from None
-    except (OSError, RuntimeError) as error:  # requests has a ConnectionError of its own, which is an OSError
+    except (OSError, RuntimeError, ValueError, RayError) as error:  # requests has a ConnectionError of its own, which is an OSError
         remedy = "start a cluster (ray start --head) or give --address"
         raise UserError(f"no Ray job server at {address} ({_first_line(error)}); {remedy}") from None
 
@@ -44,7 +44,10 @@ def job_client(address: str | None) -> tuple[Any, str]:
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # `ray start` turns it on where a token lies, its client does not
     from ray.job_submission import JobSubmissionClient
 
+    from toolrl_ray.cluster import check_reachable
+
     address = address or os.environ.get("RAY_ADDRESS") or "http://127.0.0.1:8265"
+    check_reachable(address)
     with _told(address):
         return JobSubmissionClient(address), address
 

@@ -15,6 +15,7 @@ from typing import Any
 from toolrl_ray.errors import UserError
 
 METRICS = ("env/reward_mean", "objective/kl")
+MAX_SEEDS = 10_000
 NOTHING = "give a RECIPE and --seeds N, or a study to go on with: --resume DIR, to draw: --plot DIR, or --from-wandb and --tag"
 Say = Callable[[str], None]
 
@@ -42,7 +43,10 @@ def _seeds(text: str) -> list[int]:
         seeds = [int(part) for part in text.split(",") if part]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor a list such as 3,5,8") from None
-    seeds = list(range(seeds[0])) if "," not in text and seeds else seeds
+    if "," not in text and seeds:
+        if seeds[0] > MAX_SEEDS:
+            raise argparse.ArgumentTypeError(f"{text!r} is more than {MAX_SEEDS} seeds")
+        seeds = list(range(seeds[0]))
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise argparse.ArgumentTypeError(f"{text!r} must name at least one seed, none negative and none twice")
     return seeds

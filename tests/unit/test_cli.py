@@ -107,6 +107,19 @@ def test_a_mistake_is_one_line_and_exit_code_2(command: str, parts: list[str], f
     assert left == before, "nothing may stay behind"
 
 
+def test_a_working_folder_that_was_removed_is_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "gone").mkdir()
+    monkeypatch.chdir(folder / "gone")
+    (folder / "gone").rmdir()
+    try:
+        assert run(["doctor"]) == 2
+    finally:
+        monkeypatch.chdir(folder)
+    assert capsys.readouterr().err == "toolrl: the working folder cannot be used (No such file or directory); change to another one\n"
+
+
 @pytest.mark.parametrize("package", ["ray", "vllm", "deepspeed"])
 def test_a_package_that_is_not_installed_is_one_line_with_the_install_line(
     package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -69,6 +70,15 @@ def test_a_place_where_no_folder_can_be_is_one_line(tmp_path: Path) -> None:
         claim(config(tmp_path / "file" / "run"))
     with pytest.raises(UserError, match="choose another folder"):
         claim(config(tmp_path / "file"))
+    for name in ("a\0b", "\ud800"):
+        with pytest.raises(UserError, match=r"cannot be made \(.+\); choose another folder"):
+            claim(config(None).model_copy(update={"run_dir": str(tmp_path / name)}))
+
+
+def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("toolrl_ray.run_dir.time.strftime", lambda form: "now")
+    assert [claim(config(None)).name for _ in range(3)] == ["calculator-now", "calculator-now-2", "calculator-now-3"]
 
 
 def test_what_ended_before_its_first_step_gives_the_folder_back(tmp_path: Path) -> None:
@@ -190,6 +200,22 @@ def test_what_is_no_folder_of_a_run_is_refused_and_nothing_is_written_there(tmp_
     for path in (tmp_path, tmp_path / "nowhere", tmp_path / "file"):
         assert refusal(path) == f"--resume {str(path)!r}: no config.yaml there; give the folder of a run"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "trajectories.jsonl", "eval.json", "checkpoints"])
+def test_a_folder_in_the_place_of_a_file_is_refused_before_the_run_goes_on(tmp_path: Path, name: str) -> None:
+    path = interrupted(tmp_path) / name
+    for right in tmp_path.glob(name):
+        shutil.rmtree(right) if right.is_dir() else right.unlink()
+    path.touch() if name == "checkpoints" else path.mkdir()
+    assert f"{path} is no fi" in refusal(tmp_path) or f"{path} is no folder" in refusal(tmp_path)
+
+
+def test_a_saved_configuration_that_is_damaged_is_named(tmp_path: Path) -> None:
+    path = interrupted(tmp_path) / "config.yaml"
+    text = path.read_text()
+    path.write_text(text[: text.index("episode_deadline_s:") + len("episode_deadline_s:")])
+    assert refusal(tmp_path).startswith(f"{path} is damaged, or of another version: episode.episode_deadline_s=None: ")
 
 
 def test_a_folder_that_was_moved_is_the_run_folder_where_it_is_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,3 +96,12 @@ def test_a_job_that_is_out_of_sight_for_long_is_one_line_that_says_how_to_find_i
     lossy(Lossy(lost=4))
     with pytest.raises(UserError, match=r"^job-1 is out of sight for 0 s \(Connection aborted.\); .*ray job logs job-1 --address"):
         submit.submit(None, ["calculator"], wait=True, say=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [("nonsense", r"no Ray job server at nonsense \(.+\); start a cluster"), ("127.0.0.1:9", "no Ray cluster answers at '127.0.0.1:9'")],
+)
+def test_an_address_where_nothing_answers_is_one_line_at_once(address: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        submit.job_client(address)

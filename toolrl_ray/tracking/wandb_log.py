@@ -76,11 +76,11 @@ class WandbTracker:
         self.note = "W&B: " + self._describe() + (f"; {reason}" if reason else "")
 
     def _start(self, config: RunConfig, run_dir: Path, mode: Mode) -> bool:
-        import wandb
-
         os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")  # it advertises itself where a model's or a tool's library is loaded
-        settings = wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT_S, login_timeout=1)
         try:
+            import wandb
+
+            settings = wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT_S, login_timeout=1)
             self._run = wandb.init(
                 project=config.tracking.wandb_project,
                 id=run_id(run_dir),
@@ -95,7 +95,7 @@ class WandbTracker:
         except Exception as error:  # whatever wandb raises, a run must not end for the lack of its tracking
             logger.warning("wandb.init(mode=%s) failed", mode, exc_info=True)
             self._failure = _one_line(error)
-            with contextlib.suppress(Exception, SystemExit):
+            with contextlib.suppress(Exception, SystemExit):  # a NameError where wandb cannot be imported
                 wandb.teardown()  # else the id stays taken in wandb's own process, and a second try could not have it
             return False
         return True

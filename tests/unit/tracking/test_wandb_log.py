@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -136,6 +137,16 @@ def test_a_missing_wandb_turns_tracking_off_and_names_the_install_line(monkeypat
     tracker = WandbTracker(config("online"), tmp_path)
     assert tracker.mode == "off"
     assert "pip install wandb" in tracker.note
+
+
+def test_a_wandb_that_cannot_be_imported_turns_tracking_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # its import raises
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    tracker = WandbTracker(config("offline"), tmp_path)
+    assert tracker.mode == "off"
+    assert "wandb failed to start: import of wandb halted" in tracker.note
+    tracker.log(1, {})
+    tracker.finish()
 
 
 def test_online_without_a_login_is_offline(tmp_path: Path) -> None:
