@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,9 @@ PASSAGES = [
 ]
 
 
-def toolrl(*arguments: object) -> subprocess.CompletedProcess[str]:
+def toolrl(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "toolrl_ray.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | variables)
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,20 @@ def test_a_build_overwrites_nothing_and_leaves_nothing_of_a_bad_corpus(built, co
     done = toolrl("index", "build", bad, corpus.with_name("new"))
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(f"toolrl: {bad}, line 4: ")
     assert "Traceback" not in done.stderr and sorted(corpus.parent.iterdir()) == before
+
+
+def test_a_name_that_no_prebuilt_index_has_is_one_line_whatever_java_home_says(tmp_path: Path):
+    (tmp_path / "release").write_text('JAVA_VERSION="17.0.1"\n')
+    done = toolrl("index", "info", "wikipedia-kilt-dok", JAVA_HOME=str(tmp_path))
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), done.stderr
+    assert "did you mean wikipedia-kilt-doc" in done.stderr
+
+
+def test_a_prebuilt_index_without_a_network_ends_in_one_line(tmp_path: Path):
+    nobody = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")  # nobody listens there
+    done = toolrl("index", "info", "wikipedia-kilt-doc", PYSERINI_CACHE=str(tmp_path), no_proxy="", **nobody)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("toolrl: the prebuilt index 'wikipedia-kilt-doc' (10.2 GiB) cannot be downloaded to")
 
 
 def test_the_search_tool_finds_in_it(built, tmp_path: Path):

@@ -316,7 +316,10 @@ def test_an_index_that_stores_no_text_is_refused(tmp_path: Path) -> None:
         searcher.open_index(str(tmp_path / "index"))
 
 
-def test_a_prebuilt_index_is_found_where_pyserini_keeps_it(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def kept_prebuilt(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a prebuilt index that lies where pyserini keeps it."""
+    start_jvm()
     from pyserini.prebuilt_index_info import TF_INDEX_INFO
 
     entry = TF_INDEX_INFO["wikipedia-kilt-doc"]
@@ -324,9 +327,24 @@ def test_a_prebuilt_index_is_found_where_pyserini_keeps_it(folder: Path, tmp_pat
     kept.parent.mkdir()
     kept.symlink_to(folder)
     monkeypatch.setenv("PYSERINI_CACHE", str(tmp_path))
-    opened = searcher.open_index("wikipedia-kilt-doc")
+    return "wikipedia-kilt-doc"
+
+
+def test_a_prebuilt_index_is_found_where_pyserini_keeps_it(kept_prebuilt: str) -> None:
+    opened = searcher.open_index(kept_prebuilt)
     assert opened.num_documents == len(PASSAGES)
     opened.close()
+
+
+def test_a_prebuilt_index_bounds_the_heap_of_a_fresh_process_too(kept_prebuilt: str) -> None:
+    code = (
+        "import sys\n"
+        "from tools_service.search import java, searcher\n"
+        "searcher.open_index(sys.argv[1], heap_mib=100)\n"
+        "assert java.java_class('java.lang.Runtime').getRuntime().maxMemory() <= 100 * 2**20\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, kept_prebuilt], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_prebuilt_index_that_cannot_be_downloaded_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

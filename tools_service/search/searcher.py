@@ -111,14 +111,17 @@ class Searcher:
 
 def open_index(name_or_path: str, k1: float = 0.9, b: float = 0.4, heap_mib: int = DEFAULT_HEAP_MIB) -> Searcher:
     """A searcher over a folder or a Pyserini prebuilt index, which is downloaded if need be. Raises SearchError, JavaUnavailable."""
-    folder = index_folder(name_or_path)
+    return Searcher(index_folder(name_or_path, heap_mib), k1, b)
+
+
+def index_folder(name_or_path: str, heap_mib: int = DEFAULT_HEAP_MIB) -> Path:
+    """The folder of that path, or of the Pyserini prebuilt index of that name, downloaded on its first use.
+
+    The JVM runs afterwards: Pyserini's list of names would start one of its own. Raises SearchError, JavaUnavailable.
+    """
+    folder = local_folder(name_or_path)
     start_jvm(heap_mib)
-    return Searcher(folder, k1, b)
-
-
-def index_folder(name_or_path: str) -> Path:
-    """The folder of that path, or of the Pyserini prebuilt index of that name, downloaded on its first use. Raises SearchError."""
-    return local_folder(name_or_path) or _prebuilt(name_or_path)
+    return folder or _prebuilt(name_or_path)
 
 
 def local_folder(name_or_path: str) -> Path | None:
@@ -139,8 +142,7 @@ def local_folder(name_or_path: str) -> Path | None:
 
 @contextlib.contextmanager
 def open_reader(folder: Path) -> Iterator[Any]:
-    """Lucene's IndexReader of the folder, closed at the end."""
-    start_jvm()
+    """Lucene's IndexReader of the folder, closed at the end. The JVM must run."""
     try:
         reader = java_class("io.anserini.index.IndexReaderUtils").getReader(str(folder))
     except Exception as error:
