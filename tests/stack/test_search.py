@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -20,6 +23,7 @@ from tools_service.protocol import ToolCall, ToolResult, ToolStatus
 from tools_service.search import index, searcher
 from tools_service.search.corpus import SearchError
 from tools_service.search.java import java_class, start_jvm
+from tools_service.search.titles import Titles
 from tools_service.search.tool import WikiTool
 
 pytestmark = pytest.mark.java
@@ -146,6 +150,61 @@ async def test_title_match_knows_a_disambiguation(folder: Path) -> None:
     assert (await text_for("Mercury (element)", folder, title_match=True)).startswith("Mercury (element)")
     assert (await text_for("mercury", folder, title_match=True)).startswith("Mercury (planet)")  # the first in the corpus
     assert (await text_for("mercury", folder)).startswith("Mercury (element)")
+
+
+@pytest.fixture(scope="module")
+def near_titles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of titles that differ in what title_match passes over; the last one has two passages."""
+    titles = ["C++", "C#", "Who", "The Who", "YES!", "Yes", "yes", "Mercury! (band)", "Mercury (planet)", "Résumé", "Resume", "Resume"]
+    place = tmp_path_factory.mktemp("near_titles")
+    rows = ({"id": str(number), "title": title, "text": f"{title} is passage {number}."} for number, title in enumerate(titles))
+    index.build(corpus_file(place / "corpus.jsonl", rows), place / "index")
+    return place / "index"
+
+
+@pytest.mark.parametrize("table", [True, False])
+@pytest.mark.parametrize(
+    ("query", "title"),
+    [
+        ("C++", "C++"),
+        ("C#", "C#"),
+        ("c#", "C#"),
+        ("Who", "Who"),
+        ("The Who", "The Who"),
+        ("the who", "The Who"),
+        ("YES!", "YES!"),
+        ("Yes", "Yes"),
+        ("yes", "yes"),
+        ("Mercury", "Mercury (planet)"),
+        ("Résumé", "Résumé"),
+        ("resume", "Resume"),
+    ],
+)
+async def test_of_several_titles_that_fit_title_match_takes_the_nearest(
+    near_titles: Path, tmp_path: Path, table: bool, query: str, title: str
+) -> None:
+    if not table:  # the title is looked for among the best hits
+        shutil.copytree(near_titles, tmp_path / "index", ignore=shutil.ignore_patterns("titles.sqlite"))
+        near_titles = tmp_path / "index"
+    assert (await text_for(query, near_titles, title_match=True)).startswith(f"{title}: ")
+
+
+def test_of_the_nearest_article_title_match_takes_the_first_passage(near_titles: Path) -> None:
+    titles = Titles(near_titles)
+    assert [titles.find(query) for query in ("Resume", "resume", "ResuMÉ", "C", "nothing")] == ["10", "10", "9", "0", None]
+    titles.close()
+
+
+async def test_a_table_of_titles_without_the_titles_as_written_is_still_read(near_titles: Path, tmp_path: Path) -> None:
+    shutil.copytree(near_titles, tmp_path / "index")
+    with contextlib.closing(sqlite3.connect(tmp_path / "index" / "titles.sqlite")) as table:
+        table.executescript(
+            "DROP INDEX by_title; DROP INDEX by_bare; ALTER TABLE passages DROP COLUMN name;"
+            "CREATE INDEX by_title ON passages (title, line) WHERE title IS NOT NULL;"
+            "CREATE INDEX by_bare ON passages (bare, line) WHERE bare IS NOT NULL;"
+        )
+    assert (await text_for("yes", tmp_path / "index", title_match=True)).startswith("YES!: ")
+    assert (await text_for("Mercury", tmp_path / "index", title_match=True)).startswith("Mercury! (band): ")
 
 
 async def test_title_match_puts_the_article_first_and_the_best_hits_after_it_without_repeating_any(either: str) -> None:

@@ -16,7 +16,8 @@ class WikiOptions:
 
     k: passages returned. k1, b: of BM25. passage: "first_paragraph" (up to the first line break) or "whole".
     title_match: the article whose title is the query comes first (case, accents, punctuation, a leading "the" and a
-        disambiguation in parentheses do not count). concise: of each passage only the 3 sentences that match the query best.
+        disambiguation in parentheses count only where several titles fit).
+    concise: of each passage only the 3 sentences that match the query best.
     show_title: "TITLE: " before each passage. max_chars, max_tokens: of the whole answer, titles included; a token is a word
         between white space, and a cut answer is marked as truncated.
     threads: searches at a time (default: the cores of this process, at most 4). heap_mib: bound of the JVM's heap; the first

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from tools_service.search.corpus import SearchError
 from tools_service.search.java import DEFAULT_HEAP_MIB, is_java_error, java_class, java_reason, start_jvm
-from tools_service.search.text import read_raw, title_key, title_keys
+from tools_service.search.text import read_raw, title_distance, title_forms, title_key, title_keys
 from tools_service.search.titles import FILE as TITLES_FILE
 from tools_service.search.titles import Titles
 
@@ -194,10 +194,11 @@ def _hit(found: Any) -> Hit:
 
 
 def _title_first(query: str, hits: list[Hit]) -> list[Hit]:
-    """The first hit whose title is the query, then the rest; a title that is so as it stands comes before a bare one."""
+    """The hit whose title is the query, or comes nearest, then the rest; a title that is so as it stands comes before a bare one."""
     key = title_key(query)
     for which in (0, 1):
-        for index, hit in enumerate(hits):
-            if key and title_keys(hit.title)[which] == key:
-                return [hit, *hits[:index], *hits[index + 1 :]]
+        same = [index for index, hit in enumerate(hits) if key and title_keys(hit.title)[which] == key]
+        if same:
+            index = min(same, key=lambda index: title_distance(query, title_forms(hits[index].title)[which]))
+            return [hits[index], *hits[:index], *hits[index + 1 :]]
     return hits

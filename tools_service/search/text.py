@@ -41,9 +41,20 @@ def title_key(title: str) -> str:
     return " ".join(words)
 
 
+def title_forms(title: str) -> tuple[str, str]:
+    """The title as it stands and without a disambiguation in parentheses at its end ("Mercury (planet)")."""
+    return title, _PARENTHESIS.sub("", title)
+
+
 def title_keys(title: str) -> tuple[str, str]:
-    """Keys of the title as it stands and without a disambiguation in parentheses at its end ("Mercury (planet)")."""
-    return title_key(title), title_key(_PARENTHESIS.sub("", title))
+    """The keys of both forms of the title."""
+    form, bare = title_forms(title)
+    return title_key(form), title_key(bare)
+
+
+def title_distance(query: str, title: str) -> int:
+    """Which of several titles with the query's key is meant: 0 for the query itself, 1 where only the case differs, 2 for any other."""
+    return 0 if title == query else 1 if title.casefold() == query.casefold() else 2
 
 
 def read_raw(raw: str | None) -> tuple[str, str]:
