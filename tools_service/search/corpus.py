@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools_service.search.text import split_title
+from tools_service.search.text import split_title, without_title
 
 
 class SearchError(ValueError):
@@ -60,10 +60,11 @@ def _fields(data: bytes) -> tuple[str, str, str]:
         raise SearchError("text and contents differ; keep one of them")
     key = "text" if "text" in row else "contents"
     body = _text(row, key)
-    if row.get("title") is not None:
-        return docid, _text(row, "title", may_be_empty=True), body
-    title, text = split_title(body) if key == "contents" else ("", body)
-    return docid, title, text
+    if row.get("title") is None:
+        title, text = split_title(body) if key == "contents" else ("", body)
+        return docid, " ".join(title.split()), text
+    title = " ".join(_text(row, "title", may_be_empty=True).split())
+    return docid, title, without_title(title, body)
 
 
 def _text(row: dict, key: str, may_be_empty: bool = False) -> str:

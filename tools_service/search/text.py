@@ -71,9 +71,15 @@ def read_raw(raw: str | None) -> tuple[str, str]:
         return "", (raw or "").strip()
     text = next((document[key] for key in ("text", "contents") if isinstance(document.get(key), str)), "").strip()
     if isinstance(title := document.get("title"), str):
-        first, _, rest = text.partition("\n")
-        return title.strip(), (rest.strip() if title.strip() and first.strip() == title.strip() else text)
+        return title.strip(), without_title(title.strip(), text)
     return split_title(text)
+
+
+def without_title(title: str, text: str) -> str:
+    """The text without a first line that repeats the title, in quotes or not; whole where nothing follows that line."""
+    first, _, rest = text.partition("\n")
+    repeats = title and " ".join(first.split()).strip('"') == title.strip('"')
+    return rest.strip() if repeats and rest.strip() else text
 
 
 def split_title(contents: str) -> tuple[str, str]:

@@ -135,6 +135,25 @@ def test_a_corpus_gives_its_passages_with_their_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("row", "title", "body"),
+    [
+        ({"title": "Wombat", "contents": "Wombat\nThe wombat is a marsupial."}, "Wombat", "The wombat is a marsupial."),
+        ({"title": "Wombat", "contents": '"Wombat"\r\n\nThe wombat.\nMore.'}, "Wombat", "The wombat.\nMore."),
+        ({"title": '"Heroes"', "text": '"Heroes"\nA song.'}, '"Heroes"', "A song."),
+        ({"title": "Wombat", "contents": "Wombat"}, "Wombat", "Wombat"),
+        ({"title": "Wombat", "contents": "Wombats\nThe wombat."}, "Wombat", "Wombats\nThe wombat."),
+        ({"title": "", "contents": "Wombat\nThe wombat."}, "", "Wombat\nThe wombat."),
+        ({"title": " Two\n lines ", "text": "The wombat."}, "Two lines", "The wombat."),
+        ({"contents": "A\ttitle\nThe wombat."}, "A title", "The wombat."),
+    ],
+)
+def test_a_title_is_one_line_and_a_passage_does_not_repeat_it(tmp_path: Path, row: dict, title: str, body: str) -> None:
+    [passage] = read_corpus(corpus_of(tmp_path, json.dumps({"id": "7"} | row)))
+    assert (passage.title, passage.text) == (title, body)
+    assert text.read_raw(passage.raw()) == (title, body)
+
+
+@pytest.mark.parametrize(
     ("line", "complaint"),
     [
         ('{"id": "a", "text": "x"', "not JSON"),
