@@ -21,7 +21,7 @@ import pytest
 from tests.conftest import HEARS_CTRL_C
 from tools_service.protocol import ToolCall, ToolResult, ToolStatus
 from tools_service.search import index, searcher
-from tools_service.search.corpus import SearchError
+from tools_service.search.corpus import MAX_ID_BYTES, SearchError
 from tools_service.search.java import java_class, start_jvm
 from tools_service.search.titles import Titles
 from tools_service.search.tool import WikiTool
@@ -445,6 +445,11 @@ def test_an_id_that_repeats_far_apart_is_found(tmp_path: Path) -> None:
     rows = [{"id": str(number % 2_500), "text": "x"} for number in range(2_501)]
     with pytest.raises(SearchError, match="line 2501: the id '0' is that of line 1 too"):
         index.build(corpus_file(tmp_path / "c.jsonl", rows), tmp_path / "out")
+
+
+def test_the_longest_id_that_a_corpus_may_have_is_indexed(tmp_path: Path) -> None:
+    rows = [{"id": "i" * MAX_ID_BYTES, "text": "Zebras."}]
+    assert index.build(corpus_file(tmp_path / "c.jsonl", rows), tmp_path / "out")["num_documents"] == 1
 
 
 def test_build_needs_a_folder_to_write_in(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tools_service.search.text import split_title, without_title
 
+MAX_ID_BYTES = 32_766  # Lucene's limit on a term
+
 
 class SearchError(ValueError):
     """A corpus, an index or an option is not what it has to be; the message is one line with the remedy."""
@@ -56,6 +58,8 @@ def _fields(data: bytes) -> tuple[str, str, str]:
     if not isinstance(row, dict):
         raise SearchError(f"a JSON {type(row).__name__}, not an object with id and text")
     docid = _text(row, "id")
+    if (size := len(docid.encode())) > MAX_ID_BYTES:
+        raise SearchError(f"id is {size:,} bytes long; Lucene takes {MAX_ID_BYTES:,} at most, so give the passage a shorter one")
     if "text" in row and "contents" in row and row["text"] != row["contents"]:
         raise SearchError("text and contents differ; keep one of them")
     key = "text" if "text" in row else "contents"

@@ -161,6 +161,7 @@ def test_a_title_is_one_line_and_a_passage_does_not_repeat_it(tmp_path: Path, ro
         ('{"text": "x"}', "no id; the line has 'text'"),
         ('{"id": 7, "text": "x"}', "id is 7, not text; write it in quotes"),
         ('{"id": " ", "text": "x"}', "id is empty"),
+        (json.dumps({"id": "é" * 20_000, "text": "x"}), "id is 40,000 bytes long; Lucene takes 32,766 at most"),
         ('{"id": "a"}', "neither text nor contents"),
         ('{"id": "a", "text": ""}', "text is empty"),
         ('{"id": "a", "text": ["x"]}', "text is ['x'], not text"),
