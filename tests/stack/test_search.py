@@ -154,8 +154,9 @@ async def test_title_match_knows_a_disambiguation(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def near_titles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An index of titles that differ in what title_match passes over; the last one has two passages."""
+    """An index of titles that differ in what title_match passes over; one of them has two passages."""
     titles = ["C++", "C#", "Who", "The Who", "YES!", "Yes", "yes", "Mercury! (band)", "Mercury (planet)", "Résumé", "Resume", "Resume"]
+    titles += ["!!!", "÷ (album)"]
     place = tmp_path_factory.mktemp("near_titles")
     rows = ({"id": str(number), "title": title, "text": f"{title} is passage {number}."} for number, title in enumerate(titles))
     index.build(corpus_file(place / "corpus.jsonl", rows), place / "index")
@@ -187,6 +188,11 @@ async def test_of_several_titles_that_fit_title_match_takes_the_nearest(
         shutil.copytree(near_titles, tmp_path / "index", ignore=shutil.ignore_patterns("titles.sqlite"))
         near_titles = tmp_path / "index"
     assert (await text_for(query, near_titles, title_match=True)).startswith(f"{title}: ")
+
+
+async def test_title_match_finds_a_title_without_letters(near_titles: Path) -> None:
+    assert await text_for("!!!", near_titles, title_match=True) == "!!!: !!! is passage 12."
+    assert (await text_for("÷", near_titles, title_match=True)).startswith("÷ (album): ")
 
 
 def test_of_the_nearest_article_title_match_takes_the_first_passage(near_titles: Path) -> None:

@@ -33,12 +33,15 @@ def clean_query(argument: str) -> str:
 
 
 def title_key(title: str) -> str:
-    """Two titles are the same where their keys are: case, accents, punctuation, underscores and a leading "the" do not count."""
+    """Two titles are the same where their keys are: case, accents, punctuation, underscores and a leading "the" do not count.
+
+    A title without letters and digits ("!!!", a band) is its own key.
+    """
     plain = "".join(char for char in unicodedata.normalize("NFKD", title.casefold()) if not unicodedata.combining(char))
     words = _WORD.findall(re.sub(r"['’]", "", plain))
     if len(words) > 1 and words[0] == "the":
         words = words[1:]
-    return " ".join(words)
+    return " ".join(words or plain.split())
 
 
 def title_forms(title: str) -> tuple[str, str]:

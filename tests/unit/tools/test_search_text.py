@@ -23,7 +23,8 @@ from tools_service.search.corpus import SearchError, read_corpus
         ("1973_oil_crisis", "1973 oil crisis"),
         ("Beyoncé", "beyonce"),
         ("Schindler's List", "schindlers list"),
-        ("?!", ""),
+        ("?!", "?!"),
+        (" ", ""),
     ],
 )
 def test_a_title_key_ignores_case_accents_punctuation_and_a_leading_the(title: str, key: str) -> None:
