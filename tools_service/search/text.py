@@ -19,7 +19,7 @@ _STOP_WORDS = frozenset(
 _ABBREVIATIONS = frozenset(
     "dr mr mrs ms st sr jr prof gen col capt lt rev hon no vs etc c ca e.g i.e u.s u.k approx lit vol op fl b d r".split()
 )
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+(?=[\"'“‘(\[]?[A-Z0-9À-Þ])")
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+(?=[\"'“‘(\[]?([^\W_]))")
 _WORD = re.compile(r"[^\W_]+")
 _PARENTHESIS = re.compile(r"\s*\([^()]*\)\s*$")
 
@@ -99,11 +99,13 @@ def first_paragraph(text: str) -> str:
 
 
 def sentences(text: str) -> list[str]:
-    """Sentences of a passage, in order. A full stop after an initial or a common abbreviation ends none."""
+    """Sentences of a passage, in order. None ends before a small letter, nor with a full stop after an initial or a common abbreviation."""
     parts: list[str] = []
     for line in text.splitlines():
         start = 0
         for end in _SENTENCE_END.finditer(line):
+            if end.group(1).islower():
+                continue
             before = line[start : end.start()].rstrip()
             last = before.split()[-1].rstrip(".").lstrip("(\"'“‘[").lower() if before else ""
             if before.endswith(".") and ((len(last) == 1 and last.isalpha()) or last in _ABBREVIATIONS):

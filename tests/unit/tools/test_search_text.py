@@ -87,6 +87,11 @@ def test_sentences_end_neither_at_initials_nor_at_abbreviations() -> None:
     ]
 
 
+def test_a_sentence_begins_with_a_capital_of_any_script_or_a_letter_of_one_without() -> None:
+    for passage in (["It rained.", "Čapek wrote.", "(Łódź grew.)", "5 left."], ["А вот.", "Третье е. и. слово."], ["مرحبا.", "كلمة."]):
+        assert text.sentences(" ".join(passage)) == passage
+
+
 def test_concise_keeps_the_sentences_that_match_in_their_order() -> None:
     passage = "The town is old. It has a castle. The castle was built in 1200. Farming pays. Nothing else happens."
     assert text.concise(passage, "when was the castle built", 2) == "It has a castle. The castle was built in 1200."
