@@ -9,7 +9,7 @@ MAX_ERROR_CHARS = 2000  # of an output that ends in a traceback: its end names t
 HEAD_CHARS = 200  # of a line that is cut: the class of an exception stands there
 CUT = "[...]"
 
-OPENING = re.compile(r"```[ \t]*[\w+-]*[ \t]*\n")
+OPENING = re.compile(r"```[ \t]*+[\w+-]*+[ \t]*+\n")  # nothing is tried twice: a long line of blanks costs no more than any other
 # What tells whether a fence stands in a string that goes over several lines, where it closes nothing.
 MARKS = re.compile(r"""\\.|'''|\"\"\"|['"#\n]|^[ \t]*```""", re.DOTALL | re.MULTILINE)
 
@@ -20,8 +20,7 @@ def code_of(argument: str) -> str:
     if opening := OPENING.match(text.lstrip()):
         text = until_fence(text.lstrip()[opening.end() :])
     lines = text.split("\n")
-    while lines and not lines[0].strip():
-        del lines[0]
+    lines = lines[next((number for number, line in enumerate(lines) if line.strip()), len(lines)) :]
     if lines and lines[0][0] in " \t":
         lines = textwrap.dedent("\n".join(lines)).split("\n")
         lines[0] = lines[0].lstrip()  # the marker may stand before the first line, which then has an indentation of its own

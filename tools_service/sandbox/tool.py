@@ -18,10 +18,12 @@ from tools_service.sandbox.limits import MIB, Limits
 from tools_service.sandbox.outcome import IsolationUnavailable, Outcome, SandboxStatus
 from tools_service.sandbox.owner import Sandbox
 from tools_service.sandbox.plan import DEFAULT_PRELOAD
+from tools_service.sandbox.running import refusal
 from tools_service.sandbox.session import RESTARTED, Session
 from tools_service.sandbox.text import code_of, ending
 
 MAX_NAMES_REMEMBERED = 4096  # of sessions that were closed to make room
+ROOM_CHARS = 1000  # for what stands around code; an indentation of the whole may make it twice as long
 RETURN_MARGIN_S = 0.02  # for killing a snippet and handing its output over before the caller stops waiting
 
 STATUS = {
@@ -144,6 +146,8 @@ class PythonTool:
         return ToolResult(result.status, result.text, time.monotonic() - started, result.truncated)
 
     async def _call(self, call: ToolCall, deadline: float) -> ToolResult:
+        if len(call.argument) > 2 * self._limits.max_code_bytes + ROOM_CHARS:  # before anything looks for the code in it
+            return self._result(refusal(self._limits), 0.0)
         code = code_of(call.argument)
         if not self._sandbox.tier:
             await self._start_once(deadline)

@@ -79,6 +79,12 @@ def test_code_is_found_as_models_write_it(argument: str, code: str) -> None:
     assert code_of(argument) == code
 
 
+def test_code_is_found_in_time_that_grows_with_the_argument_alone() -> None:
+    """Of these, looking again from each line or blank would take hours."""
+    assert code_of(" \n" * 2_000_000 + "print(1)") == "print(1)"
+    assert code_of("```" + " " * 2_000_000 + "x") == "```" + " " * 2_000_000 + "x"
+
+
 MARKS = ["```", "```python\n", "\n", " ", "\t", "print(1)", "\r\n", "'''", "\x00", "\ud800", "\u2028"]
 PIECES = st.one_of(st.text(), st.sampled_from(MARKS))
 
@@ -116,6 +122,13 @@ async def test_every_end_has_its_status_and_says_why(stateful: bool) -> None:
         counts = {name: number for name, number in tool.stats().items() if name.startswith("num_") and name[4:] in tuple(ToolStatus)}
         assert sum(counts.values()) == len(ENDS) and counts["num_tool_error"] == 3
         assert tool.stats()["num_sessions"] == (len(ENDS) if stateful else 0)
+
+
+async def test_an_argument_much_longer_than_any_code_is_refused_before_the_code_is_looked_for() -> None:
+    async with python_tool(max_code_bytes=100) as tool:
+        for num_lines, status in ((1100, ToolStatus.OK), (1200, ToolStatus.BAD_ARGUMENTS)):
+            result = await tool.call(call("\n" * num_lines + "print(1)"))
+            assert result.status is status and ("at most 100 bytes" in result.text) is (status is ToolStatus.BAD_ARGUMENTS)
 
 
 @pytest.mark.parametrize("stateful", [False, True])
