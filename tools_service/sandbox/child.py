@@ -37,11 +37,33 @@ class Output(io.TextIOWrapper):
 
 
 def open_outputs() -> None:
+    """Makes them over a pipe, which children have there: whether it can seek, a stream asks once and for all when it is made."""
+    ends = os.pipe()
     for name, fd in (("stdout", 1), ("stderr", 2)):
+        real = os.dup(fd)
+        os.dup2(ends[1], fd)
         raw = io.FileIO(fd, "w", closefd=False)
         stream = Output(raw, encoding="utf-8", errors="backslashreplace", write_through=True)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
+        os.dup2(real, fd)
+        os.close(real)
+    for end in ends:
+        os.close(end)
+
+
+def flush_outputs(write=os.write) -> bool:
+    """As the interpreter does at its end: without those that the snippet has closed or taken away. False, and why, for one that fails."""
+    flushed = True
+    for name in ("stdout", "stderr"):
+        try:
+            stream = getattr(sys, name, None)
+            if stream is not None and not getattr(stream, "closed", False):
+                stream.flush()
+        except BaseException as error:
+            flushed = False
+            write(2, f"sys.{name}.flush(): {type(error).__name__}: {error}\n".encode(errors="backslashreplace"))
+    return flushed
 
 
 def read_exactly(num_bytes: int) -> bytes | None:
@@ -99,7 +121,7 @@ def print_exception(kind: type[BaseException], error: BaseException | None, fram
         part = todo.pop()
         part.stack[:] = [frame for frame in part.stack if not frame.filename.startswith(foreign)]
         todo += [other for other in (part.__cause__, part.__context__, *(part.exceptions or ())) if other is not None]
-    shown.print()
+    shown.print(file=sys.stderr if sys.stderr is not None else sys.__stderr__)
 
 
 def print_exception_of_thread(args: threading.ExceptHookArgs) -> None:
@@ -137,7 +159,7 @@ def exit_status(error: SystemExit) -> int:
     return EXIT_ERROR
 
 
-def finish(exit_now=os._exit, num_threads=_thread._count, num_handlers=atexit._ncallbacks):
+def finish(exit_now=os._exit, num_threads=_thread._count, num_handlers=atexit._ncallbacks, flush=flush_outputs):
     """Ends the process as the interpreter would. What it needs is bound here: the snippet may have replaced the names."""
     num_handlers_before = num_handlers()
 
@@ -148,11 +170,9 @@ def finish(exit_now=os._exit, num_threads=_thread._count, num_handlers=atexit._n
                 threading._shutdown()
             if num_handlers() > num_handlers_before:
                 atexit._run_exitfuncs()
-            sys.stdout.flush()
-            sys.stderr.flush()
         except BaseException:
             status = status or EXIT_ERROR
-        exit_now(status)
+        exit_now(status if flush() else status or EXIT_ERROR)
 
     return end
 
@@ -171,7 +191,7 @@ def serve_once() -> None:
 
 def serve_session() -> None:
     """Runs one code after another in one namespace until the owner goes or kills it."""
-    write, flush_out, flush_err = os.write, sys.stdout.flush, sys.stderr.flush
+    write, flush = os.write, flush_outputs
     next_job, run, seed_all = read_job, run_code, seed_generators
     touch()
     main, num_runs = new_main(), 0
@@ -181,9 +201,7 @@ def serve_session() -> None:
         if seed is not None or num_runs == 1:  # a later run without a seed goes on where the one before stopped
             seed_all(seed)
         status = run(code, main, f"<snippet {num_runs}>")
-        flush_out()
-        flush_err()
-        write(JOB_FD, bytes([status]))
+        write(JOB_FD, bytes([status if flush() else status or EXIT_ERROR]))
     os._exit(EXIT_OK)
 
 

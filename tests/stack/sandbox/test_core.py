@@ -39,6 +39,50 @@ async def test_prints_and_results_come_back(isolation: str) -> None:
         assert isolation in box.tier
 
 
+async def test_output_that_a_snippet_wraps_anew_is_printed(isolation: str) -> None:
+    async with sandbox(isolation) as box:
+        session = await box.open_session()
+        for change in (
+            "sys.stdout.reconfigure(encoding='utf-8')",
+            "sys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding='utf-8')",
+            "sys.stdout = io.TextIOWrapper(sys.stdout.detach(), encoding='utf-8')",
+        ):
+            code = f"import io, sys\nprint('a', sys.stdout.seekable(), sys.stderr.seekable())\n{change}\nprint('é')"
+            for run in (box.run, session.run):
+                outcome = await run(code)
+                assert (outcome.status, outcome.output) == (SandboxStatus.OK, "a False False\né\n"), change
+
+
+async def test_output_that_a_snippet_closes_or_takes_away_ends_nothing(isolation: str) -> None:
+    async with sandbox(isolation) as box:
+        for last in (
+            "with open('f', 'w') as f:\n    sys.stdout = f\n    print('b')",
+            "sys.stdout.close()",
+            "sys.stdout = None\nprint('b')",
+            "del sys.stdout",
+            "sys.stderr.close()",
+            "sys.stderr = None",
+        ):
+            session = await box.open_session()
+            for run in (box.run, session.run):
+                outcome = await run(f"import sys\nx = 1\nprint('a')\n{last}")
+                assert (outcome.status, outcome.output) == (SandboxStatus.OK, "a\n"), last
+            assert (await session.run("import os\nos.write(1, b'%d' % x)")).output == "1"
+            await session.close()
+
+
+async def test_output_that_cannot_be_flushed_is_an_error_that_says_so(isolation: str) -> None:
+    code = "import sys\nclass Tee:\n    def write(self, text): sys.__stdout__.write(text)\nsys.stdout = Tee()\nprint('a')"
+    async with sandbox(isolation) as box:
+        session = await box.open_session()
+        for run in (box.run, session.run):
+            outcome = await run(code)
+            assert outcome.status is SandboxStatus.ERROR and outcome.output.startswith("a\nsys.stdout.flush(): AttributeError"), outcome
+        assert (await session.run("sys.stdout = sys.__stdout__\nprint('b')")).output == "b\n"
+        outcome = await box.run("import sys\nsys.stdout = sys.stderr = None\n1 / 0")
+        assert outcome.status is SandboxStatus.ERROR and "ZeroDivisionError" in outcome.output
+
+
 async def test_endless_loop_is_timeout_and_keeps_what_was_printed(isolation: str) -> None:
     async with sandbox(isolation) as box:
         outcome = await box.run("print('before', end='')\nwhile True: pass", wall_s=0.3)
