@@ -24,6 +24,7 @@ JOB_FD = 3
 EXIT_OK, EXIT_ERROR, EXIT_MEMORY = 0, 1, 97
 FILE_NAME = "<snippet>"
 CHUNK_CHARS = 1 << 16
+MAX_FRAMES = 1000  # of a traceback: to look at hundreds of thousands takes seconds
 MEMORY_RESERVE_BYTES = 2 << 20  # let go when memory runs out, so that there is room to say so
 
 
@@ -114,8 +115,19 @@ def hide_frames_of(folders: list[str]) -> None:
 foreign: tuple[str, ...] = ()
 
 
+def last_of(frames: types.TracebackType | None) -> types.TracebackType | None:
+    """As many as the interpreter's own printer shows. TracebackException has a limit too, but looks at all that come before."""
+    ahead, number = frames, 0
+    while ahead is not None:
+        ahead, number = ahead.tb_next, number + 1
+        if number > MAX_FRAMES:
+            frames = frames.tb_next
+    return frames
+
+
 def print_exception(kind: type[BaseException], error: BaseException | None, frames: types.TracebackType | None) -> None:
-    shown = TracebackException(kind, error, frames, lookup_lines=False, compact=True)  # lines are looked up for what is left
+    # The limit is for the exceptions behind it. Lines are looked up for what is left.
+    shown = TracebackException(kind, error, last_of(frames), limit=-MAX_FRAMES, lookup_lines=False, compact=True)
     todo = [shown]
     while todo:
         part = todo.pop()

@@ -201,6 +201,17 @@ async def test_traceback_shows_the_snippet_and_nothing_else(isolation: str) -> N
         assert outcome.status is SandboxStatus.ERROR and "SyntaxError" in outcome.output and "child.py" not in outcome.output
 
 
+async def test_traceback_of_a_deep_recursion_has_its_last_thousand_frames(isolation: str) -> None:
+    deep = "import sys\nsys.setrecursionlimit(10**6)\ndef f(n):\n    return f(n + 1) if n < 49_000 else {}['deep']\n"
+    async with sandbox(isolation, Limits(wall_s=20.0, cpu_s=20.0)) as box:
+        outcome = await box.run(deep + "f(0)")
+        assert "[Previous line repeated 997 more times]" in outcome.output and outcome.output.endswith("\nKeyError: 'deep'\n")
+        outcome = await box.run(deep + "try: f(0)\nexcept KeyError as e:\n    raise ValueError(1) from e")
+        assert "[Previous line repeated 997 more times]" in outcome.output and outcome.output.endswith("\nValueError: 1\n")
+        outcome = await box.run("def f(n):\n    f(n + 1)\nf(0)")  # of the default depth nothing is left out
+        assert outcome.output.startswith('Traceback (most recent call last):\n  File "<snippet>", line 3, in <module>\n    f(0)\n')
+
+
 async def test_traceback_shows_no_frame_of_a_library(isolation: str) -> None:
     snippets = {
         "import json\njson.loads('{')": ["<snippet>"],
