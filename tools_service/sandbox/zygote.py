@@ -40,7 +40,7 @@ class Child:
     number: int
     pid: int
     pidfd: int
-    scratch: str | None
+    scratch: int | None  # the folder's descriptor: its name is in no memory that a later child gets a copy of
     session: bool = False
     hand_over: socket.socket | None = None
     fds_of_owner: tuple[int, ...] = ()
@@ -92,10 +92,13 @@ class Server:
         """What can be made before the fork is: a child pays a page of memory for almost every object that it touches."""
         self.num_forked += 1
         base = self.config["scratch"]
-        scratch = f"{base}/{self.num_forked}" if base else None
+        # A name that nobody can guess: what can be named can be asked for its size and times, which no rule for files forbids.
+        scratch = f"{base}/{os.urandom(16).hex()}" if base else None
+        folder = None
         if scratch:
             os.mkdir(scratch, 0o700)
             os.chdir(scratch)
+            folder = os.open(scratch, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         job, job_of_child = socket.socketpair()
         output, output_of_child = os.pipe2(os.O_CLOEXEC)
         hand_over, hand_over_of_child = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -113,7 +116,7 @@ class Server:
         for fd in (output_of_child, devnull, ruleset):
             if fd >= 0:
                 os.close(fd)
-        child = Child(self.num_forked, pid, os.pidfd_open(pid), scratch, session, hand_over, (job.detach(), output))
+        child = Child(self.num_forked, pid, os.pidfd_open(pid), folder, session, hand_over, (job.detach(), output))
         self.children[child.number] = child
         self.watch(child.pidfd, lambda: self.on_exit(child))
         self.watch(hand_over.fileno(), lambda: self.on_locked_down(child))
@@ -174,20 +177,23 @@ class Server:
         if not child.cleaner:
             cpu_us = int((usage.ru_utime + usage.ru_stime) * 1e6)
             self.report(b"X" + struct.pack("<IiQ", child.number, status, cpu_us))
-        if child.scratch:
+        if child.scratch is not None:
             self.clean(child)
 
     def clean(self, child: Child) -> None:
         """Removes the scratch folder; what is in it, only by a process that can reach nothing else."""
+        path = os.readlink(f"/proc/self/fd/{child.scratch}")
         try:
-            os.rmdir(child.scratch)
+            os.rmdir(path)
         except OSError:
             if not child.cleaner:
                 self.num_forked += 1
-                pid = cleaner.fork_cleaner(self.confinement, child.scratch)
+                pid = cleaner.fork_cleaner(self.confinement, path)
                 helper = Child(self.num_forked, pid, os.pidfd_open(pid), child.scratch, cleaner=True)
                 self.children[helper.number] = helper
                 self.watch(helper.pidfd, lambda: self.on_exit(helper))
+                return
+        os.close(child.scratch)
 
     def shut_down(self) -> None:
         for child in self.children.values():

@@ -305,6 +305,28 @@ async def test_two_snippets_see_nothing_of_each_other(isolation: str) -> None:
         assert (await box.run(look)).output == "[] [] {} False False\n"
 
 
+async def test_the_folder_of_another_snippet_can_be_neither_listed_nor_guessed(isolation: str) -> None:
+    look = """
+import os, sys
+base = os.path.dirname(os.getcwd())
+names = [*map(str, range(100)), *(f'{number:032x}' for number in range(100))]
+try: names += os.listdir(base)
+except PermissionError: print('not listed')
+frame = sys._getframe()
+while frame := frame.f_back:
+    for child in getattr(frame.f_locals.get('self'), 'children', {}).values():
+        print('child', type(child.scratch).__name__)
+for name in names:
+    if os.path.exists(f'{base}/{name}'): print('found', name)
+"""
+    async with sandbox(isolation) as box:
+        session = await box.open_session()
+        folders = {(await session.run("import os\nprint(os.getcwd())")).output, (await box.run("import os\nprint(os.getcwd())")).output}
+        assert len(folders) == 2 and all(re.fullmatch(r"[0-9a-f]{32}\n", os.path.basename(folder)) for folder in folders)
+        output = "".join([(await box.run(look)).output for _ in range(1 + box.num_ahead)])  # those kept ahead are older than the session
+        assert set(output.splitlines()) == {"not listed", "child int"}
+
+
 async def test_session_keeps_variables_to_itself(isolation: str) -> None:
     async with sandbox(isolation) as box:
         one, two = await box.open_session(), await box.open_session()
