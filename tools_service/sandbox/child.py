@@ -146,7 +146,8 @@ def run_code(code: str, main: types.ModuleType, file_name: str) -> int:
     """Runs it in `main`. Prints a traceback of its own frames alone. Returns an exit code."""
     # Address space only: no page of it is touched.
     reserve = mmap.mmap(-1, MEMORY_RESERVE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    linecache.cache[file_name] = (len(code), None, code.splitlines(True), file_name)
+    lines = io.StringIO(code, newline=None).readlines()  # str.splitlines ends lines where python's grammar does not
+    linecache.cache[file_name] = (len(code), None, lines, file_name)
     status = EXIT_OK
     try:
         exec(compile(code, file_name, "exec", dont_inherit=True), main.__dict__)

@@ -201,6 +201,13 @@ async def test_traceback_shows_the_snippet_and_nothing_else(isolation: str) -> N
         assert outcome.status is SandboxStatus.ERROR and "SyntaxError" in outcome.output and "child.py" not in outcome.output
 
 
+async def test_traceback_shows_the_line_that_raised_whatever_ends_lines_elsewhere(isolation: str) -> None:
+    async with sandbox(isolation) as box:
+        for other in ("\u2028", "\x0b", "\x0c", "\x85", "\x1c"):
+            outcome = await box.run(f"s = 'a{other}b'\nx = 1\r\ny = 2\r1 / 0\nz = 3")
+            assert "line 4, in <module>\n    1 / 0\n    ~~^~~\nZeroDivisionError" in outcome.output, outcome.output
+
+
 async def test_traceback_of_a_deep_recursion_has_its_last_thousand_frames(isolation: str) -> None:
     deep = "import sys\nsys.setrecursionlimit(10**6)\ndef f(n):\n    return f(n + 1) if n < 49_000 else {}['deep']\n"
     async with sandbox(isolation, Limits(wall_s=20.0, cpu_s=20.0)) as box:
