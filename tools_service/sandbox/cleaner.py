@@ -7,12 +7,10 @@ from dataclasses import replace
 
 from tools_service.sandbox import lockdown
 
-MAX_OPEN_FILES = 4096  # one for each folder that the one which it empties lies in
-
 
 def fork_cleaner(confinement: lockdown.Confinement, folder: str) -> int:
     parent = os.getpid()
-    limits = replace(confinement.limits, max_open_files=min(confinement.limits.max_files + 64, MAX_OPEN_FILES), cpu_s=60)
+    limits = replace(confinement.limits, cpu_s=60)
     ruleset = lockdown.file_rules(confinement, folder) if confinement.landlock else -1
     pid = lockdown.fork()
     if pid == 0:
@@ -20,7 +18,7 @@ def fork_cleaner(confinement: lockdown.Confinement, folder: str) -> int:
             lockdown.die_with_parent(parent)
             rlimits = lockdown.own_rlimits(limits, session=False)
             lockdown.lock_down(replace(confinement, limits=limits), ruleset, rlimits, lambda listener: None)
-            empty(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW))
+            empty(folder)
         finally:
             os._exit(0)
     if ruleset >= 0:
@@ -28,16 +26,31 @@ def fork_cleaner(confinement: lockdown.Confinement, folder: str) -> int:
     return pid
 
 
-def empty(fd: int) -> None:
-    """Removes everything under an open folder, following no link."""
-    for name in os.listdir(fd):
-        try:
-            os.unlink(name, dir_fd=fd)
-        except OSError:
-            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
-            empty(inner)
-            os.close(inner)
-            os.rmdir(name, dir_fd=fd)
+def enter(folder: str) -> None:
+    """Follows no link."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    os.fchdir(fd)
+    os.close(fd)
+
+
+def empty(folder: str) -> None:
+    """Removes everything in it, by going into folders and out of them again: they may lie in each other as deep as they like."""
+    enter(folder)
+    path, todo = [], [os.listdir()]  # the folders from there to here by name, and what is left to remove in each of them
+    while todo:
+        if todo[-1]:
+            name = todo[-1].pop()
+            try:
+                os.unlink(name)
+            except OSError:
+                enter(name)
+                path.append(name)
+                todo.append(os.listdir())
+        else:
+            todo.pop()
+            if path:
+                os.chdir("..")
+                os.rmdir(path.pop())
 
 
 def sweep(confinement: lockdown.Confinement, base: str) -> None:

@@ -103,6 +103,16 @@ async def test_close_after_the_fork_server_failed_leaves_no_file(
     assert list(tmp_path.iterdir()) == []
 
 
+async def test_folders_that_lie_in_each_other_are_removed_however_deep(
+    isolation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = "import os\nfor _ in range(1500):\n    os.mkdir('d')\n    open('f', 'w').close()\n    os.chdir('d')\nprint('made')"
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    async with sandbox(isolation, Limits(wall_s=20.0, max_files=3000)) as box:
+        assert (await box.run(deep)).output == "made\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 async def test_fork_server_that_dies_while_it_is_tried_leaves_no_file(
     isolation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
