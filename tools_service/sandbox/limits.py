@@ -23,8 +23,9 @@ class Limits:
     max_threads: threads alive at once, the main one included.
     max_open_files: file descriptors, the three standard ones included.
     max_file_bytes: size of one file.
-    max_files: files, folders and shared memory mappings that may be created, deleted ones included. The scratch folder holds at
-        most max_files * max_file_bytes.
+    max_files: files, folders and shared memory mappings that may be created, deleted ones included. Every opening that could create
+        a file counts, whether or not the file is there: nobody but the kernel could look, and it does not tell. The scratch folder
+        holds at most max_files * max_file_bytes.
     max_output_bytes: of stdout and stderr together.
     max_code_bytes: of the code, as UTF-8.
     """
