@@ -142,6 +142,14 @@ def print_exception_of_thread(args: threading.ExceptHookArgs) -> None:
         print_exception(args.exc_type, args.exc_value, args.exc_traceback)
 
 
+def compiled(code: str, file_name: str) -> types.CodeType:
+    """The parser calls it a lack of memory where code is nested deeper than its own stack: that is a fault of the code, not a limit."""
+    try:
+        return compile(code, file_name, "exec", dont_inherit=True)
+    except MemoryError:
+        raise SyntaxError("nested too deeply, or too large, to be compiled") from None
+
+
 def run_code(code: str, main: types.ModuleType, file_name: str) -> int:
     """Runs it in `main`. Prints a traceback of its own frames alone. Returns an exit code."""
     # Address space only: no page of it is touched.
@@ -150,7 +158,7 @@ def run_code(code: str, main: types.ModuleType, file_name: str) -> int:
     linecache.cache[file_name] = (len(code), None, lines, file_name)
     status = EXIT_OK
     try:
-        exec(compile(code, file_name, "exec", dont_inherit=True), main.__dict__)
+        exec(compiled(code, file_name), main.__dict__)
     except SystemExit as error:
         status = exit_status(error)
     except BaseException as error:

@@ -204,7 +204,8 @@ class Child:
         return False
 
     def _judge(self, wait_status: int, cpu_s: float) -> SandboxStatus:
-        """From what the kernel says of its end and from what the owner did to it, never from what it says itself."""
+        """From what the kernel says of its end and from what the owner did to it. The exit code alone is the snippet's own word: with
+        os._exit it can pass for one that ended well, raised or ran out of memory."""
         if self._truncated:
             return SandboxStatus.OUTPUT_LIMIT
         if os.WIFEXITED(wait_status):

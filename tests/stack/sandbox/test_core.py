@@ -115,6 +115,15 @@ async def test_memory_beyond_its_limit_is_memory_limit(isolation: str) -> None:
         assert (await box.run("a = bytearray(32 << 20)\nprint(len(a))")).output == f"{32 << 20}\n"
 
 
+async def test_code_that_the_parser_has_no_stack_for_is_an_error_of_the_code(isolation: str) -> None:
+    async with sandbox(isolation) as box:
+        session = await box.open_session()
+        for run in (box.run, session.run):
+            outcome = await run("x = " + "-" * 20000 + "1")
+            assert (outcome.status, outcome.output.count("\n")) == (SandboxStatus.ERROR, 1)
+            assert outcome.output.startswith("SyntaxError: nested too deeply")
+
+
 async def test_endless_output_is_output_limit_and_cut_at_it(isolation: str) -> None:
     async with sandbox(isolation, Limits(max_output_bytes=1000)) as box:
         outcome = await box.run("while True: print('ä' * 99)")
