@@ -74,7 +74,8 @@ async def breaches(sandbox: Sandbox) -> list[str]:
         with open(canary) as file:
             changed = file.read() != secret
         if outcome.status not in (SandboxStatus.OK, SandboxStatus.OUTPUT_LIMIT):  # it prints only where it got through
-            raise IsolationUnavailable(f"a snippet cannot run: {outcome.status}: {' '.join(outcome.output.split())[-200:]}")
+            said = " ".join(outcome.output.split())[-200:]
+            raise IsolationUnavailable(f"a snippet cannot run within {sandbox.limits}: {outcome.status}: {said or 'it said nothing'}")
         found = [line.removeprefix("BREACH ") for line in outcome.output.splitlines()]
         if changed or os.listdir(folder) != ["canary"]:
             found.append("the canary's folder changed")

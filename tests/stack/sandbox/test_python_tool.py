@@ -17,6 +17,7 @@ from stack.sandbox.core_helpers import alive, descendants, gone, namespaces_work
 from tools_service.executor import Executor
 from tools_service.protocol import ToolCall, ToolResult, ToolStatus
 from tools_service.sandbox.limits import MIB
+from tools_service.sandbox.outcome import IsolationUnavailable
 from tools_service.sandbox.session import RESTARTED
 from tools_service.sandbox.text import code_of
 from tools_service.sandbox.tool import PythonTool, limits_of
@@ -390,6 +391,13 @@ async def test_sandbox_that_cannot_start_is_unavailable_every_time_and_attacked_
     assert all("read a file of the host" in result.text and "\n" not in result.text for result in results)
     assert tool.isolation == "" and tool.stats()["num_unavailable"] == 3
     with pytest.raises(owner.IsolationUnavailable):
+        await tool.start()
+    await tool.close()
+
+
+async def test_limits_under_which_nothing_runs_are_named_at_the_start() -> None:
+    tool = PythonTool(isolation=ISOLATION, memory_mib=1)
+    with pytest.raises(IsolationUnavailable, match=r"a snippet cannot run within Limits\(.*memory_bytes=1048576, .*\): \w+: \w"):
         await tool.start()
     await tool.close()
 
