@@ -15,8 +15,9 @@ MARKS = re.compile(r"""\\.|'''|\"\"\"|['"#\n]|^[ \t]*```""", re.DOTALL | re.MULT
 
 
 def code_of(argument: str) -> str:
-    """The code as models write it: without a markdown fence around it, blank lines before it or an indentation of the whole."""
-    text = argument.replace("\r\n", "\n").strip("\n")
+    """The code as models write it: without a byte order mark, a markdown fence around it, blank lines before it or an indentation
+    of the whole."""
+    text = argument.removeprefix("\ufeff").replace("\r\n", "\n").strip("\n")
     if opening := OPENING.match(text.lstrip()):
         text = until_fence(text.lstrip()[opening.end() :])
     lines = text.split("\n")

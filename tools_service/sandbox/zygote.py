@@ -243,10 +243,11 @@ def load(config: dict) -> None:
 
 
 def hide_host_name() -> None:
-    """uname is refused to snippets: it tells the host's name. What modules ask of it is answered from here."""
+    """uname, which tells the host's name, is refused to snippets. What modules ask of it is answered from here."""
     real = os.uname()
     hidden = os.uname_result((real.sysname, "sandbox", real.release, real.version, real.machine))
     os.uname = sys.modules["posix"].uname = lambda: hidden
+    socket.gethostname = sys.modules["_socket"].gethostname = lambda: hidden.nodename
     platform._uname_cache = None
     platform.uname()
 

@@ -309,6 +309,12 @@ print(os.listdir('d'))
         assert (await box.run(works)).output == "1.0 1.0 x**2/2 True\n['a']\n"
 
 
+async def test_the_machines_name_is_hidden_and_asking_for_it_is_no_error(isolation: str) -> None:
+    code = "import os, platform, socket\nprint(socket.gethostname(), socket.getfqdn(), platform.node(), os.uname().nodename)"
+    async with sandbox(isolation) as box:
+        assert (await box.run(code)).output == "sandbox sandbox sandbox sandbox\n"
+
+
 async def test_two_snippets_see_nothing_of_each_other(isolation: str) -> None:
     look = (
         "import os, sys\ntry: up = os.listdir('..')\nexcept OSError: up = []\n"

@@ -71,6 +71,7 @@ async def started(tool: PythonTool, before: set[int]) -> set[int]:
         ("\tprint(1)\n\tprint(2)", "print(1)\nprint(2)"),
         ("a = 1\r\nb = 2\r\n", "a = 1\nb = 2"),
         ("s = '''\n  kept\n'''", "s = '''\n  kept\n'''"),
+        ("\ufeffprint(1)", "print(1)"),
         ("", ""),
         (" \n\t\n", ""),
         ("```", "```"),
