@@ -181,7 +181,8 @@ def exit_status(error: SystemExit) -> int:
 
 
 def finish(exit_now=os._exit, num_threads=_thread._count, num_handlers=atexit._ncallbacks, flush=flush_outputs):
-    """Ends the process as the interpreter would. What it needs is bound here: the snippet may have replaced the names."""
+    """Ends the process as the interpreter would, but that what is still alive is not finalized: a search for it costs every snippet time.
+    What it needs is bound here: the snippet may have replaced the names."""
     num_handlers_before = num_handlers()
 
     def end(status: int) -> None:
