@@ -160,7 +160,7 @@ def load(options: argparse.Namespace) -> Any:
 def _policy_dir(config: Any) -> str:
     """The policy's folder or Hub name; makes the tiny policy when the recipe asks for it."""
     if config.policy.path != "tiny":
-        from toolrl_ray.learner.model import load_config
+        from toolrl_ray.pretrained import load_config
 
         load_config(config.policy.path)
         return config.policy.path

@@ -9,6 +9,7 @@ from typing import Any
 from toolrl_ray.config import RunConfig
 from toolrl_ray.episode.codec import HFCodec
 from toolrl_ray.errors import ConfigError, MissingDependency
+from toolrl_ray.pretrained import check_weights, load_config
 from toolrl_ray.types import Task
 from tools_service.runner import ToolInfo
 
@@ -30,6 +31,8 @@ def check(config: RunConfig, *, in_process: bool, learner: bool) -> None:
     train, heldout = load_tasks(config.task)
     if config.policy.path != "tiny":
         check_context(config)
+        if os.path.isdir(config.policy.path):
+            check_weights(config.policy.path)
     check_prompts(config, [*_first_of_each(train), *_first_of_each(heldout)])
 
 
@@ -68,8 +71,6 @@ def check_index(config: RunConfig, *, in_process: bool) -> None:
 
 def check_context(config: RunConfig) -> None:
     """The policy can read episodes of the length that the recipe allows."""
-    from toolrl_ray.learner.model import load_config
-
     longest = max_positions(load_config(config.policy.path))
     if longest is not None and config.episode.max_context_tokens > longest:
         raise ConfigError(

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig, GPT2Config, LlamaConfig
+from transformers import AutoConfig, GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from toolrl_ray import preflight, recipe
 from toolrl_ray.bootstrap.calculator import PIECES
@@ -17,9 +17,11 @@ from toolrl_ray.errors import ConfigError, MissingDependency, UserError
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A folder with a configuration and a tokenizer: nothing more is looked at before a run."""
     folder = tmp_path / "model"
-    LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=128).save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=128
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
     save_tokenizer(make_tokenizer(128, PIECES), folder)
     return folder
 
@@ -157,3 +159,13 @@ def test_a_model_folder_whose_configuration_is_broken_is_one_line(model: Path) -
     with pytest.raises(UserError) as raised:
         check(f"policy.path={model}")
     assert "\n" not in str(raised.value)
+
+
+def test_weights_that_are_cut_off_or_gone_are_told_before_anything_is_started(model: Path) -> None:
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="model.safetensors is damaged"):
+        check(f"policy.path={model}", "episode.max_context_tokens=128")
+    weights.unlink()
+    with pytest.raises(UserError, match="the folder has no weights"):
+        check(f"policy.path={model}", "episode.max_context_tokens=128")

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from toolrl_ray.learner.lora import write_adapter
-from toolrl_ray.learner.model import load_config
+from toolrl_ray.pretrained import load_config
 
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "sentencepiece.*",

@@ -5,8 +5,6 @@ Letters: B = rows, L = tokens of the longest row, N = selected (trained) tokens,
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,10 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from toolrl_ray.algos.losses import entropy_from_logits, logprobs_from_logits
-from toolrl_ray.errors import UserError
+from toolrl_ray.pretrained import load_model
 
 Critic = Literal["none", "shared", "separate"]
-HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
 class ValueHead(nn.Module):
@@ -111,52 +108,11 @@ def load_policy(path: str, dtype: str) -> nn.Module:
     """
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, path, dtype)
+    return load_model(AutoModelForCausalLM, path, dtype).train()
 
 
 def load_trunk(path: str, dtype: str) -> nn.Module:
     """The same model without its output embedding, as the trunk of a separate critic. Raises as `load_policy` does."""
     from transformers import AutoModel
 
-    return _load(AutoModel, path, dtype)
-
-
-def load_config(path: str) -> Any:
-    """The Hugging Face configuration in `path`. Raises UserError with one line."""
-    from transformers import AutoConfig
-
-    if not Path(path).is_dir() and not HUB_NAME.fullmatch(path):
-        raise UserError(f"policy.path={path!r}: no such folder; give a Hugging Face model folder, a Hub name, or tiny")
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise UserError(f"policy.path={path!r}: the folder has no config.json; give a Hugging Face model folder")
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(_not_loadable(path, error)) from None
-
-
-def _load(auto_class: Any, path: str, dtype: str) -> nn.Module:
-    from safetensors import SafetensorError
-    from transformers.utils import logging
-
-    config = load_config(path)
-    for key, value in config.to_dict().items():
-        if "drop" in key and isinstance(value, float):
-            setattr(config, key, 0.0)  # ratios are only right without dropout
-    logging.disable_progress_bar()
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its report of unused weights; missing ones are an error here
-    try:
-        model, info = auto_class.from_pretrained(path, config=config, dtype=getattr(torch, dtype), output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UserError(_not_loadable(path, error)) from None
-    finally:
-        logging.set_verbosity(verbosity)
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(f"policy.path={path!r}: {len(missing)} weights are missing, {missing[0]} among them; give a complete model folder")
-    return model.train()
-
-
-def _not_loadable(path: str, error: Exception) -> str:
-    first = next(iter(str(error).splitlines()), "")
-    return f"policy.path={path!r} is not a model that transformers can load ({type(error).__name__}: {first[:120]})"
+    return load_model(AutoModel, path, dtype).train()

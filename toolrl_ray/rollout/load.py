@@ -11,22 +11,41 @@ from toolrl_ray.episode.call_format import CallFormat, TextMarkers
 from toolrl_ray.episode.chat_format import hermes_format
 from toolrl_ray.episode.codec import HFCodec
 from toolrl_ray.errors import RolloutError, UserError
+from toolrl_ray.pretrained import load_model, one_line
 from toolrl_ray.rollout.runner import RolloutEngine
 from tools_service.runner import ToolInfo
 
 
 def load_codec(policy_dir: str) -> HFCodec:
-    from transformers import AutoTokenizer, GenerationConfig
+    """Raises UserError with one line."""
+    from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(policy_dir)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer in policy.path={policy_dir!r}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # of tokenizers some are of no class of their own
+        what = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"no tokenizer in policy.path={policy_dir!r} that transformers can load ({what})") from None
+    return HFCodec(tokenizer, _generation_eos(policy_dir))
+
+
+def _generation_eos(policy_dir: str) -> list[int]:
+    """The EOS ids of the model's generation config; none where it has no such file. Raises UserError for a damaged one."""
+    from transformers import GenerationConfig
+    from transformers.utils import GENERATION_CONFIG_NAME, cached_file
+
+    try:
+        cached_file(policy_dir, GENERATION_CONFIG_NAME)
+    except OSError:
+        return []
+    where = f"policy.path={policy_dir!r}: {GENERATION_CONFIG_NAME}"
     try:
         eos = GenerationConfig.from_pretrained(policy_dir).eos_token_id
-    except OSError:
-        eos = None
-    return HFCodec(tokenizer, [eos] if isinstance(eos, int) else eos)
+    except Exception as error:  # whatever its reader trips over
+        raise UserError(f"{where} is damaged ({one_line(error)}); bring it back as it was: it tells where the model ends a text") from None
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(token) is int for token in ids):
+        raise UserError(f"{where} has eos_token_id={eos!r}; it must be a token's id or a list of them")
+    return ids
 
 
 def make_call_format(config: RunConfig, codec: HFCodec, infos: Mapping[str, ToolInfo]) -> CallFormat:
@@ -57,14 +76,11 @@ def load_engine(config: RunConfig, policy_dir: str, codec: HFCodec, weight_backe
 
 
 def load_transformers_engine(config: RunConfig, policy_dir: str, codec: HFCodec) -> Any:
-    import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     from toolrl_ray.rollout.transformers_engine import TransformersEngine
 
-    logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(policy_dir, dtype=getattr(torch, config.policy.dtype))
+    model = load_model(AutoModelForCausalLM, policy_dir, config.policy.dtype)
     if config.rollout.num_gpus > 0:
         model = model.cuda()
     max_batch = max(config.rollout.max_in_flight, config.eval.max_in_flight)
