@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from toolrl_ray.config import RunConfig
+from toolrl_ray.device import torch_device
 from toolrl_ray.episode.codec import HFCodec
 from toolrl_ray.errors import ConfigError, MissingDependency
 from toolrl_ray.pretrained import check_weights, load_config
@@ -26,6 +27,8 @@ def check(config: RunConfig, *, in_process: bool, learner: bool) -> None:
     from toolrl_ray.tools.local import tool_factories
 
     check_packages(config, in_process=in_process, learner=learner)
+    if in_process:
+        check_devices(config, learner=learner)
     tool_factories(config.tools)
     check_index(config, in_process=in_process)
     train, heldout = load_tasks(config.task)
@@ -52,6 +55,13 @@ def check_packages(config: RunConfig, *, in_process: bool, learner: bool) -> Non
 
 def not_installed(package: str) -> MissingDependency:
     return MissingDependency(f"{package} is not installed; pip install -e '.[cpu]', or with GPUs pip install -e '.[gpu]'")
+
+
+def check_devices(config: RunConfig, *, learner: bool) -> None:
+    """This process sees the GPUs that the recipe asks for. On Ray its placement looks for them."""
+    torch_device("rollout", config.rollout.num_gpus)
+    if learner:
+        torch_device("learner", config.learner.num_gpus)
 
 
 def check_index(config: RunConfig, *, in_process: bool) -> None:

@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoConfig, GPT2Config, LlamaConfig, LlamaForCausalLM
 
-from toolrl_ray import preflight, recipe
+from toolrl_ray import cli, preflight, recipe
 from toolrl_ray.bootstrap.calculator import PIECES
 from toolrl_ray.bootstrap.tokenizer import make_tokenizer, save_tokenizer
-from toolrl_ray.errors import ConfigError, MissingDependency, UserError
+from toolrl_ray.errors import ConfigError, MissingDependency, PlacementError, UserError
 
 
 @pytest.fixture
@@ -169,3 +170,16 @@ def test_weights_that_are_cut_off_or_gone_are_told_before_anything_is_started(mo
     weights.unlink()
     with pytest.raises(UserError, match="the folder has no weights"):
         check(f"policy.path={model}", "episode.max_context_tokens=128")
+
+
+def test_in_this_process_a_gpu_that_pytorch_does_not_see_is_told_before_the_tiny_policy_is_made(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(cli, "_policy_dir", lambda config: pytest.fail("begun"))
+    for section in ("rollout", "learner"):
+        with pytest.raises(PlacementError, match=f"^{section}.num_gpus=1, but PyTorch sees no GPU here; set {section}.num_gpus=0"):
+            check(f"{section}.num_gpus=1")
+    preflight.check(recipe.load("calculator", ["learner.num_gpus=1"]), in_process=True, learner=False)  # an evaluation has no learner
+    assert cli.main(["eval", "calculator", "--in-process", "rollout.num_gpus=1"]) == 2
+    assert capsys.readouterr().err.startswith("toolrl: rollout.num_gpus=1, but PyTorch sees no GPU here")

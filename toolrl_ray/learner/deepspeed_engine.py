@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from toolrl_ray.config import LearnerConfig
+from toolrl_ray.device import torch_device
 from toolrl_ray.learner.engine import (
     MOMENTS,
     WEIGHT,
@@ -26,7 +27,6 @@ from toolrl_ray.learner.engine import (
     adam_state,
     diverged,
     get_adam_step,
-    learner_device,
     make_optimizer,
     optimized,
     policy_tensors,
@@ -78,7 +78,7 @@ class DeepSpeedEngine:
         world_size: int = 1,
         init_method: str | None = None,
     ):
-        self.device = learner_device(config)
+        self.device = torch_device("learner", config.num_gpus)
         self.config = config
         self.rank = rank
         self.world_size = world_size

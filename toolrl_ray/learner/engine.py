@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from toolrl_ray.config import LearnerConfig
-from toolrl_ray.errors import LearnerError, PlacementError
+from toolrl_ray.device import torch_device
+from toolrl_ray.errors import LearnerError
 from toolrl_ray.learner.lora import adapter_tensors, merged
 from toolrl_ray.learner.model import PolicyWithValue
 
@@ -64,14 +65,6 @@ class Engine(Protocol):
 
     def all_sum(self, x: Tensor) -> Tensor:
         """Sum over ranks, as a new tensor."""
-
-
-def learner_device(config: LearnerConfig) -> torch.device:
-    if config.num_gpus == 0:
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise PlacementError(f"learner.num_gpus={config.num_gpus:g}, but PyTorch sees no GPU here; set learner.num_gpus=0 to train on CPU")
-    return torch.device("cuda", 0)
 
 
 def make_optimizer(module: PolicyWithValue, config: LearnerConfig) -> torch.optim.AdamW:
@@ -160,7 +153,7 @@ class TorchEngine:
     """One process, no DeepSpeed: for `--in-process`. Weights stay float32; with dtype bfloat16 the forward is autocast."""
 
     def __init__(self, module: PolicyWithValue, config: LearnerConfig, dtype: str = "float32"):
-        self.device = learner_device(config)
+        self.device = torch_device("learner", config.num_gpus)
         self.module = module.to(self.device)
         self.config = config
         self.optimizer = make_optimizer(module, config)

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from toolrl_ray.config import RunConfig
+from toolrl_ray.device import torch_device
 from toolrl_ray.episode.call_format import CallFormat, TextMarkers
 from toolrl_ray.episode.chat_format import hermes_format
 from toolrl_ray.episode.codec import HFCodec
@@ -80,9 +81,8 @@ def load_transformers_engine(config: RunConfig, policy_dir: str, codec: HFCodec)
 
     from toolrl_ray.rollout.transformers_engine import TransformersEngine
 
-    model = load_model(AutoModelForCausalLM, policy_dir, config.policy.dtype)
-    if config.rollout.num_gpus > 0:
-        model = model.cuda()
+    device = torch_device("rollout", config.rollout.num_gpus)
+    model = load_model(AutoModelForCausalLM, policy_dir, config.policy.dtype).to(device)
     max_batch = max(config.rollout.max_in_flight, config.eval.max_in_flight)
     return TransformersEngine(
         model,
