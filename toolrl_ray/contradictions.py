@@ -39,6 +39,12 @@ def contradictions(config: RunConfig) -> Iterator[str]:
             f"episode.max_context_tokens={longest} contradicts bootstrap.max_context_tokens={readable}, the longest text that the "
             f"tiny policy can read; set bootstrap.max_context_tokens={longest} or episode.max_context_tokens={readable}"
         )
+    heads, width = config.bootstrap.num_heads, config.bootstrap.hidden_size
+    if config.policy.path == "tiny" and width % heads:
+        yield (
+            f"bootstrap.num_heads={heads} contradicts bootstrap.hidden_size={width}: it must divide it; "
+            f"set bootstrap.num_heads={width // 32} or another divisor"
+        )
     if config.eval.num_tasks > config.task.num_heldout:
         yield (
             f"eval.num_tasks={config.eval.num_tasks} contradicts task.num_heldout={config.task.num_heldout}; "

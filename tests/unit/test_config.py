@@ -116,6 +116,7 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(recipe: str, overrid
         (["task.path=x.jsonl"], ["x.jsonl'", "task.source='generated'", "set task.source=gsm8k"]),
         (["algo.advantage=grpo", "algo.kl_coef=0"], ["algo.advantage=grpo", "train.group_size=1", "set train.group_size=2"]),
         (["algo.advantage=rloo", "train.group_size=4"], ["algo.advantage=rloo", "algo.kl_in=reward", "set algo.kl_in=loss"]),
+        (["bootstrap.num_heads=3"], ["bootstrap.num_heads=3", "bootstrap.hidden_size=128", "set bootstrap.num_heads=4"]),
         (["rollout.num_cpus=0"], ["rollout.num_cpus=0", "rollout.num_gpus=0", "set rollout.num_cpus=0.1 or more"]),
         (["learner.num_cpus=0"], ["learner.num_cpus=0", "learner.num_gpus=0", "set learner.num_cpus=0.1 or more"]),
         (["learner.num_gpus=0.5", "learner.num_ranks=2"], ["learner.num_gpus=0.5", "learner.num_ranks=2", "set learner.num_gpus=1 or 0"]),
