@@ -2,7 +2,8 @@
 
 The cache key covers everything that shapes the result: the bootstrap settings, the few-shot prompt, the held-out tasks
 that the warm start must not see, and the code itself. A folder is written aside and renamed whole, so that a folder under
-its final name is complete; of two processes that make the same one, the first to finish wins.
+its final name is complete; of two processes that make the same one, the first to finish wins. It holds the digests of its
+files: one that has been damaged since is made again, and replaced only by a whole one.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +28,7 @@ from toolrl_ray.errors import ConfigError
 from toolrl_ray.tasks.module import task_module
 
 STALE_S = 6 * 3600
+DIGESTS = "digests.json"
 PACKAGE = Path(__file__).resolve().parents[1]
 SHARED = ("build", "mixed", "model", "muon", "rows", "tokenizer", "warm_start")
 # Task module -> the module of its demonstrations. A task of one's own is taken to be like the calculator's.
@@ -46,8 +49,10 @@ def ensure_tiny_policy(config: RunConfig, log: Callable[[str], None] = print) ->
     shown = demonstrations_of(config)
     heldout = frozenset(shown.key(task) for task in task_module(config.task).load_tasks(config.task)[1])
     folder = cache_dir() / f"tiny-{_key(config, heldout)}"
-    if folder.is_dir():
+    if _is_whole(folder):
         return folder
+    if os.path.lexists(folder):
+        log(f"the tiny policy in {folder} is damaged (not the files that were made); it is made again")
     log(f"making the tiny policy ({config.bootstrap.num_steps} steps of warm start): {folder}")
     started = time.monotonic()
     try:
@@ -60,6 +65,7 @@ def ensure_tiny_policy(config: RunConfig, log: Callable[[str], None] = print) ->
         ) from None
     try:
         _make(config, heldout, aside, log)
+        _write_digests(aside)
         aside.chmod(0o755)
         _rename(aside, folder)
     finally:
@@ -86,12 +92,36 @@ def _remove_stale(folder: Path) -> None:
 
 
 def _rename(aside: Path, folder: Path) -> None:
-    """Renaming onto a folder that is not empty fails: another process has made the same policy meanwhile, which then serves."""
+    """A damaged folder gives way. Renaming onto a whole one fails: another process has made the same policy meanwhile, which then
+    serves. (Two that replace a damaged one in the same instant may both do so, each by a whole one.)"""
+    if os.path.lexists(folder) and not _is_whole(folder):
+        damaged = Path(tempfile.mkdtemp(prefix=f"{folder.name}.making-", dir=folder.parent))
+        with suppress(FileNotFoundError):  # another process has just moved it away
+            folder.rename(damaged / folder.name)
+        shutil.rmtree(damaged, ignore_errors=True)
     try:
         aside.rename(folder)
     except OSError:
-        if not folder.is_dir():
+        if not _is_whole(folder):
             raise
+
+
+def _write_digests(folder: Path) -> None:
+    digests = {path.name: _digest(path) for path in sorted(folder.iterdir())}
+    (folder / DIGESTS).write_text(json.dumps(digests, indent=1) + "\n")
+
+
+def _is_whole(folder: Path) -> bool:
+    """Every file is there and as it was made."""
+    try:
+        digests = json.loads((folder / DIGESTS).read_text())
+        return all(_digest(folder / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _make(config: RunConfig, heldout: frozenset[str], folder: Path, log: Callable[[str], None]) -> None:

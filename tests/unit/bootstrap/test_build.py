@@ -1,18 +1,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from toolrl_ray.bootstrap import build, calculator
 from toolrl_ray.bootstrap.build import ensure_tiny_policy
 from toolrl_ray.config import RunConfig
 from toolrl_ray.errors import ConfigError
+from toolrl_ray.pretrained import check_weights
 
 SMALL = RunConfig.model_validate(
     {
@@ -103,8 +106,43 @@ def test_the_loser_of_a_race_takes_the_winners_folder(tmp_path: Path) -> None:
     for folder in (winner, loser):
         folder.mkdir()
         (folder / "config.json").write_text(folder.name)
+        build._write_digests(folder)
     build._rename(loser, winner)
     assert (winner / "config.json").read_text() == "tiny-1"
+
+
+def damage(folder: Path, how: str) -> None:
+    weights = folder / "model.safetensors"
+    if how == "cut off":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif how == "a weight missing":
+        tensors = load_file(weights)
+        tensors.popitem()
+        save_file(tensors, weights, metadata={"format": "pt"})
+    elif how == "no tokenizer":
+        (folder / "tokenizer.json").unlink()
+    else:
+        shutil.rmtree(folder)
+        folder.mkdir() if how == "empty" else folder.write_text("")
+
+
+@pytest.mark.parametrize("how", ["cut off", "a weight missing", "no tokenizer", "empty", "a file"])
+def test_a_damaged_policy_is_not_taken_from_the_cache_but_made_again(cache: Path, how: str) -> None:
+    folder = ensure_tiny_policy(SMALL, quiet)
+    names = sorted(path.name for path in folder.iterdir())
+    damage(folder, how)
+    lines: list[str] = []
+    assert ensure_tiny_policy(SMALL, lines.append) == folder
+    assert lines[0].startswith(f"the tiny policy in {folder} is damaged") and "\n" not in lines[0]
+    assert sorted(path.name for path in folder.iterdir()) == names and list(cache.iterdir()) == [folder]
+    check_weights(str(folder))
+    lines.clear()
+    assert ensure_tiny_policy(SMALL, lines.append) == folder and lines == []
+
+
+def test_two_that_make_a_damaged_policy_again_at_once_end_with_one_whole_folder(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    damage(ensure_tiny_policy(SMALL, quiet), "cut off")
+    test_two_that_make_the_same_policy_at_once_end_with_one_whole_folder(cache, monkeypatch)
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
