@@ -12,12 +12,13 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from toolrl_ray import cli_output, eval_cli, sweep_cli, tools_cli
+from toolrl_ray.cli_parser import EXIT_USER, Parser
 from toolrl_ray.errors import MissingDependency, PlacementError, ToolRLError, UserError
 
-EXIT_ERROR, EXIT_USER, EXIT_INTERRUPTED, EXIT_PIPE, EXIT_TERMINATED = 1, 2, 130, 141, 143
+EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PIPE, EXIT_TERMINATED = 1, 130, 141, 143
 
 
 class Terminated(KeyboardInterrupt):
@@ -85,13 +86,6 @@ def _end(message: str, code: int, error: BaseException) -> int:
     for line in [message, *getattr(error, "__notes__", [])]:
         print(f"toolrl: {line}", file=sys.stderr)
     return code
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, like every other mistake."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USER, f"toolrl: {message}; see {self.prog} --help\n")
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -44,7 +44,9 @@ def add_command(command: Callable[..., argparse.ArgumentParser]) -> None:
 def evaluate_policy(options: argparse.Namespace) -> int:
     from toolrl_ray.cli import load, with_parts
 
-    if options.policy:
+    if options.policy is not None:
+        if others := [override for override in options.overrides if override.startswith("policy.path=")]:
+            raise UserError(f"--policy={options.policy!r} contradicts {others[-1]!r}: each names a policy; take one of them away")
         options.overrides.append(f"policy.path={json.dumps(options.policy)}")
     config = load(options)
     num_samples = DEFAULT_SAMPLES if config.eval.num_samples is None else config.eval.num_samples
@@ -83,7 +85,7 @@ def _save(options: argparse.Namespace, result: dict[str, Any], trajectories: lis
     failed = []
     for option, path, write in (("--json", options.json, write_json), ("--transcripts", options.transcripts, write_transcripts)):
         try:
-            if path:
+            if path is not None:
                 write(path)
         except (OSError, ValueError) as error:  # the latter of a NaN, which JSON lacks
             failed.append(f"{option}={path!r} cannot be written ({getattr(error, 'strerror', error)})")
@@ -94,7 +96,7 @@ def _save(options: argparse.Namespace, result: dict[str, Any], trajectories: lis
 def _check_outputs(options: argparse.Namespace) -> None:
     """Before anything starts. Raises UserError."""
     for option, path in (("--json", options.json), ("--transcripts", options.transcripts)):
-        if not path:
+        if path is None:
             continue
         parent = Path(path).absolute().parent
         if not parent.is_dir():
@@ -102,9 +104,9 @@ def _check_outputs(options: argparse.Namespace) -> None:
         folder = Path(path) if option == "--transcripts" and Path(path).is_dir() else parent
         if not os.access(folder, os.W_OK | os.X_OK):
             raise UserError(f"{option}={path!r}: the folder {str(folder)!r} cannot be written; name another")
-    if options.json and Path(options.json).is_dir():
+    if options.json is not None and Path(options.json).is_dir():
         raise UserError(f"--json={options.json!r} is a folder; name a file in it")
-    if options.transcripts:
+    if options.transcripts is not None:
         folder = Path(options.transcripts)
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--transcripts={options.transcripts!r} is a file; name a folder")
