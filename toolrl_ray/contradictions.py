@@ -43,7 +43,7 @@ def contradictions(config: RunConfig) -> Iterator[str]:
     if config.policy.path == "tiny" and width % heads:
         yield (
             f"bootstrap.num_heads={heads} contradicts bootstrap.hidden_size={width}: it must divide it; "
-            f"set bootstrap.num_heads={width // 32} or another divisor"
+            f"set bootstrap.num_heads={1 if width % 32 else width // 32} or another divisor"
         )
     if config.eval.num_tasks > config.task.num_heldout:
         yield (
