@@ -16,6 +16,7 @@ import pytest
 from fastapi.testclient import TestClient
 from mcp import Client
 
+from tests.conftest import HEARS_CTRL_C
 from tests.unit.tools_in_process import InProcess, Notebook, Scripted, over_http
 from tools_service import mcp_server
 from tools_service.adapters import load_tool
@@ -153,7 +154,8 @@ def test_one_client_of_the_stdio_face_is_one_session(stdio):
 
 def started(stdio: str) -> subprocess.Popen[str]:
     """A server that has answered its first message."""
-    server = subprocess.Popen(shlex.split(stdio), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [*HEARS_CTRL_C, *shlex.split(stdio)]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert server.stdin is not None and server.stdout is not None
     client = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "t", "version": "1"}}
     server.stdin.write(json.dumps({"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": client}) + "\n")
