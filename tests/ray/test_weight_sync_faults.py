@@ -177,7 +177,8 @@ def test_an_engine_that_misbehaves_is_named_and_the_others_get_their_weights(pha
     with caplog.at_level(logging.WARNING):
         metrics = sync.sync(3)
     assert metrics["weights/policy_version"] == 3
-    [warning] = caplog.messages
+    warning, *after = caplog.messages
+    assert all(re.search("RolloutActor 1 failed in phase .*Actor(Died|Unavailable)Error", line) for line in after)  # it is being replaced
     assert pytest.approx(1.0) == seen(healthy)[1]
     assert re.search(message, warning), warning
     assert "trying again (2 of 3)" in warning
