@@ -24,6 +24,8 @@ class Worker:
     """AsyncLLM's calls with the rules of a vLLM worker.
     fails: calls that fail, each once; "started" after the effect of "start"."""
 
+    errored = False
+
     def __init__(self, *fails: str):
         self.fails, self.active, self.calls = list(fails), False, []
 
@@ -141,3 +143,29 @@ def test_an_engine_that_is_dead_or_hangs_is_told_from_one_that_answers(state: st
     with nullcontext() if state == "well" else pytest.raises(RolloutError, match="dead or does not answer"):
         asyncio.run(engine.check_alive())
     assert deaths == ([] if state == "well" else [state])
+
+
+@pytest.mark.parametrize("call", ["start_weight_update", "update_weights", "finish_weight_update", "resume", "pause", "ready"])
+@pytest.mark.parametrize("dies", ["before", "meanwhile"])
+def test_a_call_that_the_engine_core_process_does_not_outlive_is_its_death_and_no_wait_for_the_deadline(
+    call: str, dies: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    async def never(*arguments: object, **options: object) -> None:
+        if dies == "before":
+            llm.errored = True
+            raise EngineDeadError
+        asyncio.get_running_loop().call_later(0.05, setattr, llm, "errored", True)
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(vllm_engine, "LOOK_S", 0.01)
+    updates = ["start_weight_update", "update_weights", "finish_weight_update", "update_weight_version"]
+    llm = SimpleNamespace(errored=False, **dict.fromkeys([*updates, "pause_generation", "resume_generation"], never))
+    deaths: list[str] = []
+    engine = engine_on(llm)
+    engine._recompute, engine._on_death = True, lambda: deaths.append(call)
+    arguments = {"update_weights": [{}], "finish_weight_update": [1], "ready": [1]}.get(call, [])
+    with pytest.raises(RolloutError, match="dead or does not answer"):
+        asyncio.run(asyncio.wait_for(getattr(engine, call)(*arguments), 30))
+    assert deaths == [call]

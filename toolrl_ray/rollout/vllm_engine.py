@@ -10,7 +10,7 @@ import functools
 import itertools
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from toolrl_ray.config import RunConfig
@@ -19,6 +19,7 @@ from toolrl_ray.types import Completion, SamplingParams
 from toolrl_ray.weights.vllm_object_store import DIE_WITH_PARENT
 
 ANSWER_S = 30.0  # longer than any step of an engine
+LOOK_S = 1.0  # between two looks at an engine that owes an answer
 NO_UPDATE_IS_OPEN = "without a matching start_weight_update"  # in vLLM's error
 
 
@@ -92,7 +93,7 @@ class VLLMEngine:
         self._ids = itertools.count()
 
     async def ready(self, policy_version: int) -> None:
-        await self._llm.update_weight_version(str(policy_version))
+        await self._answer(self._llm.update_weight_version(str(policy_version)))
 
     async def check_alive(self) -> None:
         """Raises RolloutError, after `on_death`, where the engine-core process is dead or does not answer within ANSWER_S."""
@@ -106,6 +107,18 @@ class VLLMEngine:
                 pass
         self._on_death()
         raise RolloutError("vLLM's engine-core process is dead or does not answer")
+
+    async def _answer(self, call: Awaitable[Any]) -> Any:
+        """What vLLM answers. It never answers a call that its engine-core process does not outlive: that is looked for here."""
+        asked = asyncio.ensure_future(call)
+        try:
+            while not self._llm.errored and not (await asyncio.wait({asked}, timeout=LOOK_S))[0]:
+                pass
+            if self._llm.errored:
+                await self.check_alive()
+            return await asked
+        finally:
+            asked.cancel()
 
     async def generate(self, token_ids: list[int], params: SamplingParams) -> Completion:
         final: Any = None
@@ -165,34 +178,34 @@ class VLLMEngine:
         return [entry[token].logprob for entry, token in zip(final.prompt_logprobs[1:], token_ids[1:], strict=True)]
 
     async def checksums(self) -> list[dict[str, str]]:
-        return await self._llm.compute_weight_checksums()
+        return await self._answer(self._llm.compute_weight_checksums())
 
     # The weight-update protocol, in the order in which it is called.
 
     async def pause(self) -> None:
         """Freeze requests where they are. recompute: what is cached, of them and of prefixes, belongs to the weights that are about to go
         and is dropped; what frozen requests need of it is computed again by the new ones."""
-        await self._llm.pause_generation(mode="keep", clear_cache=self._recompute)
+        await self._answer(self._llm.pause_generation(mode="keep", clear_cache=self._recompute))
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
         """In the place of the connection before, if there was one: nothing else would ever free that."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         await self._close_update()  # vLLM gives no connection up during an update
-        await self._llm.shutdown_weight_transfer_engine()
-        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+        await self._answer(self._llm.shutdown_weight_transfer_engine())
+        await self._answer(self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info)))
 
     async def start_weight_update(self) -> None:
         await self._close_update()
         self._update_may_be_open = True
-        await self._llm.start_weight_update()
+        await self._answer(self._llm.start_weight_update())
 
     async def _close_update(self) -> None:
         """One that a sync which broke off has left open: closing it puts back the weights that were not replaced."""
         if not self._update_may_be_open:
             return
         try:
-            await self._llm.finish_weight_update()
+            await self._answer(self._llm.finish_weight_update())
         except Exception as error:  # of no class of its own
             if NO_UPDATE_IS_OPEN not in str(error):  # it never began, or vLLM closed it when it failed
                 raise
@@ -201,15 +214,15 @@ class VLLMEngine:
     async def update_weights(self, update_info: Any) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        await self._llm.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+        await self._answer(self._llm.update_weights(WeightTransferUpdateRequest(update_info=update_info)))
 
     async def finish_weight_update(self, policy_version: int) -> None:
-        await self._llm.finish_weight_update(weight_version=str(policy_version))
+        await self._answer(self._llm.finish_weight_update(weight_version=str(policy_version)))
         self._update_may_be_open = False
         self._version = policy_version
 
     async def resume(self) -> None:
-        await self._llm.resume_generation()
+        await self._answer(self._llm.resume_generation())
 
     def shutdown(self) -> None:
         self._llm.shutdown()
