@@ -1,7 +1,7 @@
 """The Ray shell of one learner rank: `ray.remote(LearnerActor).options(...).remote(config, policy_dir, rank, world_size)`.
 
 Order: rank 0 `rendezvous()`, then `start(address)` on every rank at once (a single rank needs no address), then the rest. Every
-method from `start` on, except `policy_version`, must be called on all ranks at once.
+method from `start` on must be called on all ranks at once.
 """
 
 from __future__ import annotations
@@ -48,15 +48,6 @@ class LearnerActor:
         if shares_gpu(self.config):
             torch.cuda.empty_cache()  # the engine can use what PyTorch would only keep
         return metrics
-
-    def policy_version(self) -> int:
-        return self.learner.policy_version
-
-    def logprobs(self, token_ids: Sequence[int]) -> list[float]:
-        return self.learner.logprobs(token_ids)
-
-    def weights_metadata(self) -> list[tuple[str, tuple[int, ...], str]]:
-        return self.learner.weights_metadata()
 
     def save_policy(self, directory: str, tokenizer_dir: str) -> None:
         self.learner.save_policy(directory, tokenizer_dir)
