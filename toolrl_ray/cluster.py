@@ -116,6 +116,8 @@ def ray_parts(config: RunConfig, policy_dir: str, say: Callable[[str], None], *,
         import ray
 
         is_shared = bool(os.environ.get("RAY_ADDRESS"))
+        if weights:
+            weights.close()
         # The tools first: Serve is detached and would outlive this job, the actors would not.
         for what, undo in [
             *([] if config.tools.app else [("the tools", lambda: _remove_tools(app_name, tools_start, say))]),

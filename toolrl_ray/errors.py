@@ -37,6 +37,10 @@ class RolloutError(ToolRLError):
     """Collection failed: an engine is gone for good or a deadline passed."""
 
 
+class NotLoaded(RolloutError):
+    """A RolloutActor's process has not loaded its engine: it has taken the place of one that died."""
+
+
 class StreamError(ToolRLError):
     """A promise of the stream between rollout and learner was broken."""
 

@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,8 +19,9 @@ import pytest
 import ray
 from learner_synthetic import run_config
 from ray import cloudpickle
+from ray.exceptions import ActorUnavailableError
 
-from toolrl_ray.errors import RolloutError
+from toolrl_ray.errors import NotLoaded, RolloutError
 from toolrl_ray.rollout import pool as module
 from toolrl_ray.rollout.assignment import Outcome
 from toolrl_ray.rollout.inbox import Inbox
@@ -38,6 +40,7 @@ class Scripted:
         restarted = ray.get_runtime_context().was_current_actor_reconstructed
         self.method, self.fate = (method, fate) if always or not restarted else ("", "")
         self.inbox = Inbox()
+        self.is_loaded = False
         runs: Counter[str] = Counter()
 
         async def run(request: EpisodeRequest) -> Trajectory:
@@ -63,6 +66,13 @@ class Scripted:
     @ray.method(max_task_retries=-1)
     async def start(self) -> int:
         self._note("start")
+        self.is_loaded = True
+        return os.getpid()
+
+    async def alive(self) -> int:
+        self._note("alive")
+        if not self.is_loaded:
+            raise NotLoaded("its engine is not loaded")
         return os.getpid()
 
     async def submit(self, requests: list[EpisodeRequest], max_in_flight: int, era: int) -> None:
@@ -109,6 +119,19 @@ def up(*actors: Any) -> tuple[Any, ...]:
     """Once their processes are there: these take longer on a busy machine than the timeouts that are tested."""
     ray.get([actor.__ray_ready__.remote() for actor in actors], timeout=120)
     return actors
+
+
+def restart(actor: Any) -> None:
+    """Ends its process, and waits for the next one to be there."""
+    before, _ = ray.get(actor.stats.remote(), timeout=60)
+    ray.kill(actor, no_restart=False)
+    deadline = time.monotonic() + 60
+    while True:
+        with suppress(ActorUnavailableError):
+            if ray.get(actor.stats.remote(), timeout=60)[0] != before:
+                return
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.fixture
@@ -168,6 +191,43 @@ def test_the_episodes_of_an_actor_that_stops_answering_are_run_by_others_and_it_
     pool.submit(requests(8))
     assert polled(pool, 8).total() == 8
     assert pool.tool_stats() == {"calls": 3.0}
+
+
+@pytest.mark.parametrize("fate", ["idle", "hangs", "dies"])
+def test_an_actor_that_died_unseen_is_left_out_of_a_sync_and_gets_no_work_before_it_has_the_weights(fate, make, monkeypatch) -> None:
+    """It is seen by the sync alone, as it has no episodes. "idle": its new process is there, and not loaded."""
+    monkeypatch.setattr(module, "PING_S", 5.0)
+    healthy, dead = up(Actor.remote(), Actor.remote("" if fate == "idle" else "alive", fate))
+    pool = make(healthy, dead)
+    has_weights = []
+    pool._readmit = lambda: bool(has_weights)
+    pool.start()
+    assert pool.holds([healthy, dead])
+    if fate == "idle":
+        restart(dead)
+    assert pool.reachable() == [healthy]
+    pool.submit(requests(8))
+    assert not pool.holds([healthy, dead]) and pool.holds([healthy])
+    assert polled(pool, 8) == Counter({f"{i}:0": 1 for i in range(8)})
+    if fate == "hangs":
+        ray.kill(dead, no_restart=False)  # as its `pause` does
+    deadline = time.monotonic() + 60
+    while not pool.holds([dead]):
+        assert time.monotonic() < deadline
+        pool.poll(0.2)
+    assert "RolloutActor 1 (down): 0 running" in pool.describe() and pool.num_restarts == 1
+    has_weights.append(True)
+    pool.poll(0)
+    assert "(down)" not in pool.describe() and pool.reachable() == [healthy, dead]
+
+
+def test_where_no_actor_answers_a_sync_waits_for_the_first_that_starts_again(make) -> None:
+    pool = make(*up(alone := Actor.remote()))
+    pool.start()
+    restart(alone)
+    assert pool.reachable() == [alone]
+    pool.submit(requests(4))
+    assert polled(pool, 4).total() == 4 and pool.num_restarts == 1
 
 
 def test_an_actor_that_keeps_dying_is_given_up_and_without_another_the_run_ends(make, monkeypatch, caplog) -> None:

@@ -18,9 +18,10 @@ from raising import raise_what_does_not_unpickle
 from ray import cloudpickle
 from safetensors.numpy import load  # without torch, which takes its processes seconds to import
 
-from toolrl_ray.errors import LearnerLost, WeightSyncError
+from toolrl_ray.errors import LearnerLost, NotLoaded, WeightSyncError
 from toolrl_ray.learner.actor import LearnerActor
 from toolrl_ray.weights import client
+from toolrl_ray.weights import sync as module
 from toolrl_ray.weights.sync import MAX_TRIES, WeightSync
 
 TIMEOUT_S = 2.0
@@ -36,6 +37,8 @@ def misbehave(fate: str) -> None:
         os._exit(1)
     if fate == "fails":
         raise RuntimeError("out of\nmemory")
+    if fate == "is not loaded":
+        raise NotLoaded("its engine is not loaded")
     if fate == "chokes":
         raise_what_does_not_unpickle()
 
@@ -118,13 +121,16 @@ def answer(method):
 
 
 class Pool:
-    """lives: an engine that was started anew is left out, as long as only 0 is in here."""
+    """lives: an engine that was started anew is left out, as long as only 0 is in here. up: those that are known to be, or None for all."""
 
     def __init__(self, engines: list):
-        self.engines, self.lives = engines, {0}
+        self.engines, self.lives, self.up = engines, {0}, None
 
     def reachable(self) -> list:
         return [engine for engine in self.engines if answer(engine.start.remote) in self.lives]
+
+    def holds(self, actors: list) -> bool:
+        return {*actors} <= self.up if self.up is not None else True
 
 
 @pytest.fixture
@@ -195,6 +201,25 @@ def test_an_engine_that_is_slower_than_another_fails_is_not_replaced(make, monke
     sync, _, _ = make(slow, bad)
     sync.sync(3)
     assert (answer(slow.start.remote), seen(slow)[1]) == (0, 1.0)
+
+
+def test_an_engine_that_is_still_starting_is_not_replaced_for_it(make) -> None:
+    healthy, starting = Engine.remote(), Engine.remote("pause", "is not loaded", always=True)
+    sync, pool, _ = make(healthy, starting)
+    reachable = iter([[healthy, starting], [healthy]])
+    pool.reachable = lambda: next(reachable)
+    sync.sync(3)
+    assert (answer(starting.start.remote), seen(healthy)[1], seen(starting)[0]) == (0, 1.0, ["init_weight_transfer", "pause"])
+
+
+def test_an_engine_that_is_known_to_start_again_does_not_hold_up_the_others(make) -> None:
+    healthy, lost = Engine.remote(), Engine.remote()
+    sync, pool, _ = make(healthy, lost)
+    sync.sync(1)
+    before = seen(lost)[0]
+    pool.engines, pool.up = [healthy], {healthy}
+    sync.sync(2)
+    assert seen(healthy)[0][-2:] == ["finish_weight_update2", "resume"] and seen(lost)[0] == before
 
 
 def test_after_all_attempts_the_error_of_the_last_is_raised(make, caplog) -> None:
@@ -300,6 +325,34 @@ def test_an_engine_is_readmitted_after_the_load_that_is_under_way(make) -> None:
         check_frozen_until_whole(log)
     finally:
         ray.kill(pool.engines[1])
+
+
+def test_a_readmission_does_not_wait_for_a_load_that_hangs(make, monkeypatch) -> None:
+    monkeypatch.setattr(module, "READMIT_S", 0.05)
+    engine = Engine.remote()
+    sync, _, _ = make(engine)
+    held, done = threading.Event(), threading.Event()
+
+    def load() -> None:
+        with sync._loading:
+            held.set()
+            done.wait(timeout=60)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    held.wait(timeout=60)
+    assert sync.readmit() is False and seen(engine) == ([], 0.0)
+    done.set()
+    thread.join(timeout=60)
+    assert sync.readmit() is True
+
+
+def test_what_fails_as_the_run_is_taken_down_is_not_tried_again(make, caplog) -> None:
+    sync, _, _ = make(Engine.remote("update_weights", "fails", always=True))
+    sync.close()
+    with pytest.raises(WeightSyncError, match="failed in phase update_weights"):
+        sync.sync(1)
+    assert caplog.messages == []
 
 
 def test_an_engine_that_comes_back_gets_the_current_weights_and_not_while_they_change(make) -> None:

@@ -53,7 +53,7 @@ def test_weights_that_went_with_their_node_are_a_lost_learner_and_cost_no_engine
         node = cluster.add_node(num_cpus=1, resources={"learner": 1})
         ray.init(address=cluster.address, log_to_driver=False)
         engines = [Engine.remote(), Engine.remote()]
-        sync = WeightSync(run_config(), SimpleNamespace(reachable=lambda: engines), [Learner.remote()])
+        sync = WeightSync(run_config(), SimpleNamespace(reachable=lambda: engines, holds=lambda actors: True), [Learner.remote()])
         sync.sync(1)
         load = sync.take(2)
         cluster.remove_node(node)

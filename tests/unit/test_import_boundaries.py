@@ -22,6 +22,7 @@ ALLOWED = {
         "toolrl_ray/tools_serving.py",
         "toolrl_ray/rollout/actor.py",
         "toolrl_ray/rollout/pool.py",
+        "toolrl_ray/rollout/process.py",
         "toolrl_ray/learner/actor.py",
         "toolrl_ray/learner/group.py",
         "toolrl_ray/weights/client.py",

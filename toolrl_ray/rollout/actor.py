@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from toolrl_ray.config import RunConfig
-from toolrl_ray.errors import ConfigError
+from toolrl_ray.errors import ConfigError, NotLoaded
 from toolrl_ray.rollout.assignment import Outcome
 from toolrl_ray.rollout.inbox import Inbox
 from toolrl_ray.rollout.load import load_call_format, load_codec, load_engine
@@ -57,7 +57,18 @@ class RolloutActor:
             gc.freeze()
             return os.getpid()
 
+    async def alive(self) -> int:
+        """This process's id, where its engine is loaded and answers."""
+        self._check_loaded()
+        await self._engine.check_alive()
+        return os.getpid()
+
+    def _check_loaded(self) -> None:
+        if not hasattr(self, "_runner"):
+            raise NotLoaded("its engine is not loaded")
+
     async def submit(self, requests: list[EpisodeRequest], max_in_flight: int, era: int) -> None:
+        self._check_loaded()
         self._inbox.submit(requests, max_in_flight, era)
 
     async def cancel(self, episode_ids: list[str], era: int) -> None:
@@ -72,6 +83,7 @@ class RolloutActor:
         return os.getpid(), self._tools.stats()
 
     async def pause(self) -> None:
+        self._check_loaded()
         self._runner.clock.stop()
         await self._engine.pause()
 

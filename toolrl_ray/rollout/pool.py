@@ -17,12 +17,13 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RaySystemError, RayTaskError
 
 from toolrl_ray.config import RunConfig
-from toolrl_ray.errors import RolloutError, ToolRLError
+from toolrl_ray.errors import RolloutError
 from toolrl_ray.rollout.assignment import Assignment
 from toolrl_ray.rollout.inbox import num_places
+from toolrl_ray.rollout.process import process_of, start_error
 from toolrl_ray.tools.stats import ClientCounts
 from toolrl_ray.types import EpisodeRequest, Trajectory
-from toolrl_ray.weights.client import RAISED, what_it_raised
+from toolrl_ray.weights.client import RAISED
 
 log = logging.getLogger(__name__)
 TAKE_WAIT_S = 2.0
@@ -34,20 +35,6 @@ AHEAD = 2  # an actor is given so many times what it runs at once, so that it ne
 LOOK_S = 10.0  # between two looks at actors that are starting
 UNRESPONSIVE_S = 120.0  # a process that does not answer `take` for so long is killed and replaced
 MAX_RESTARTS_IN_A_ROW = 3  # of one actor, with no episode finished in between
-
-
-def _start_error(index: int, error: RayError) -> ToolRLError:
-    """A person's mistake as it is; anything else in one line, with the remote traceback in the log."""
-    if isinstance(cause := getattr(error, "cause", None), ToolRLError):
-        return cause
-    log.debug("RolloutActor %d: %s", index, error)
-    return RolloutError(f"RolloutActor {index} could not load its engine: {what_it_raised(error)}")
-
-
-def _process(actor: Any) -> tuple[str, int] | None:
-    """(node, process id), or None while it has no place in the cluster. The actor itself cannot be asked: it may hang."""
-    state = ray._private.state.actors(actor._actor_id.hex())
-    return (state["Address"]["NodeID"], state["Pid"]) if state.get("State") == "ALIVE" else None
 
 
 class RolloutPool:
@@ -106,7 +93,7 @@ class RolloutPool:
             except GetTimeoutError:
                 raise RolloutError(f"RolloutActor {i} was not ready within {timeout_s:g} s (rollout.start_timeout_s)") from None
             except RayError as error:
-                raise _start_error(i, error) from None
+                raise start_error(i, error) from None
 
     def expect(self, actors: list[Any]) -> None:
         """Further actors, which may never come."""
@@ -118,25 +105,34 @@ class RolloutPool:
         self.num_restarts += self.pids[index] not in (None, pid)
         self.pids[index] = pid
 
+    def holds(self, actors: list[Any]) -> bool:
+        """Whether all of these are up, as far as is known. May be called from another thread."""
+        return {*actors} <= {self._actors[index] for index in self._up()}
+
+    def _up(self) -> list[int]:
+        return sorted({*self._book.present, *self._loaded})
+
     def reachable(self) -> list[Any]:
         """The actors whose engines are loaded, for a weight sync; may be called from another thread. One that does not answer is left out,
         and joins again as after any death. Waits for the first one, if none is there, as long as an actor may take to start."""
-        indices = sorted({*self._book.present, *self._loaded}) or list(range(len(self._actors)))
-        refs = {self._actors[i].start.remote(): i for i in indices}
-        answered, _ = ray.wait(list(refs), num_returns=len(refs), timeout=PING_S)
-        if not answered:
-            answered, _ = ray.wait(list(refs), num_returns=1, timeout=self._config.rollout.start_timeout_s)
+        up = self._up()
+        here = self._answering({self._actors[index].alive.remote(): index for index in up}, len(up), PING_S)
+        self._missed += (index for index in up if index not in here)
+        if not here:
+            starts = {actor.start.remote(): index for index, actor in enumerate(self._actors)}
+            here = self._answering(starts, 1, self._config.rollout.start_timeout_s)
+        return [self._actors[index] for index in here]
+
+    def _answering(self, refs: dict[Any, int], count: int, timeout_s: float) -> list[int]:
+        """Those who have told their process's id, once `count` of them have answered."""
         here = []
-        for ref, index in refs.items():
+        for ref in ray.wait(list(refs), num_returns=count, timeout=timeout_s)[0] if refs else []:
             try:
-                if ref in answered:
-                    self._note(index, ray.get(ref, timeout=PING_S))
-                    here.append(self._actors[index])
-                    continue
+                self._note(refs[ref], ray.get(ref, timeout=PING_S))
+                here.append(refs[ref])
             except RayError:
-                log.debug("RolloutActor %d is gone", index, exc_info=True)
-            self._missed.append(index)
-        return here
+                log.debug("RolloutActor %d is gone", refs[ref], exc_info=True)
+        return sorted(here)
 
     def submit(self, requests: list[EpisodeRequest], *, max_in_flight: int | None = None) -> None:
         """max_in_flight: episodes that one engine samples at once, from now on; default rollout.max_in_flight."""
@@ -249,7 +245,7 @@ class RolloutPool:
         try:
             self._note(index, ray.get(ref, timeout=TAKE_WAIT_S))
         except RayError as error:  # what it raised; or its process died, or could not be made: no node, no runtime environment, no memory
-            return self._lost(index, _start_error(index, error) if isinstance(error, RAISED) else error)
+            return self._lost(index, start_error(index, error) if isinstance(error, RAISED) else error)
         self._loaded.add(index)
         self._told.discard(index)
 
@@ -276,7 +272,7 @@ class RolloutPool:
         self._looked_at = now
         for ref, (index, _) in list(self._starts.items()):
             seen, since = self._loading.pop(index, (None, now))
-            if (process := _process(self._actors[index])) is None:
+            if (process := process_of(self._actors[index])) is None:
                 continue
             since = since if process == seen else now
             self._loading[index] = process, since

@@ -9,13 +9,15 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, RayError, RayTaskError, UnserializableException
 
-from toolrl_ray.errors import LearnerLost, WeightSyncError
+from toolrl_ray.errors import LearnerLost, NotLoaded, WeightSyncError
 
 GET_S = 10.0  # for an answer that is there
 AFTER_FAILURE_S = 10.0  # after one learner rank failed: for the others, which may be done soon or wait for it in a collective for ever
 
 # What an actor that lives has raised, the second of a class that does not unpickle here. Any other RayError is the loss of the actor.
 RAISED = (RayTaskError, UnserializableException)
+# Of these, what is no fault of the engine: what it was to load is nowhere any more; it is still starting.
+NO_FAULT = (ObjectLostError, NotLoaded)
 
 
 def what_it_raised(error: RayError) -> str:
@@ -58,7 +60,7 @@ class RayWeightClient:
 
 def wait_all(phase: str, refs: list[Any], timeout_s: float, who: str = "RolloutActor", replace: Sequence[Any] = ()) -> list[Any]:
     """The results of one phase from all actors. replace: those actors; one that does not answer is killed, for Ray to start it anew, and so
-    is one that fails where others do not: what all fail in is no fault of theirs.
+    is one that fails where others do not: what all fail in is no fault of theirs, nor is it one to have only just been started.
 
     Raises WeightSyncError naming the actor and the phase when one fails, dies or does not answer within `timeout_s`; LearnerLost, saying
     the same, for a LearnerActor that died or does not answer, or whose node has gone with the weights that it packed. For learners the
@@ -76,7 +78,7 @@ def wait_all(phase: str, refs: list[Any], timeout_s: float, who: str = "RolloutA
         except RayError as error:
             failed[i] = error
     silent = [i for i, ref in enumerate(refs) if ref in late]
-    own = [i for i, error in failed.items() if isinstance(error, RAISED) and not _lacks_weights(error)]
+    own = [i for i, error in failed.items() if isinstance(error, RAISED) and not isinstance(getattr(error, "cause", None), NO_FAULT)]
     alone = own if len(failed) < len(refs) else []
     for i in [*silent, *alone] if replace else []:
         ray.kill(replace[i], no_restart=False)
@@ -108,15 +110,10 @@ def _until_one_fails(refs: list[Any], timeout_s: float) -> tuple[list[Any], list
     return done, late
 
 
-def _lacks_weights(error: RayError) -> bool:
-    """Whether an engine failed because what it was to load is nowhere any more."""
-    return isinstance(getattr(error, "cause", None), ObjectLostError)
-
-
 def _failure(phase: str, who: str, index: int, error: RayError) -> Exception:
-    if _lacks_weights(error):
+    if isinstance(cause := getattr(error, "cause", None), ObjectLostError):
         return LearnerLost(f"weight sync: the packed weights were gone, with their node, when {who} {index} came to load them")
-    if isinstance(cause := getattr(error, "cause", None), WeightSyncError):
+    if isinstance(cause, WeightSyncError):
         return cause
     kind = LearnerLost if who == "LearnerActor" and not isinstance(error, RAISED) else WeightSyncError
     return kind(f"weight sync: {who} {index} failed in phase {phase}: {what_it_raised(error)}")

@@ -24,6 +24,7 @@ from toolrl_ray.weights.client import RayWeightClient, wait_all
 
 log = logging.getLogger(__name__)
 MAX_TRIES = 3
+READMIT_S = 2.0  # that a readmission waits for a load; few take longer, and whoever asks has other things to do
 T = TypeVar("T")
 
 
@@ -60,7 +61,7 @@ class WeightSync:
         self.changing = threading.RLock()
         self._loading = threading.RLock()  # held by whoever brings weights to the engines; taken after `changing`, never before
         self._num_syncs = 0
-        self._connected = False
+        self._connected = self._closed = False
 
     def connect(self) -> None:
         """Rendezvous of the learner and all engines that are up; again after one was lost or has joined."""
@@ -104,13 +105,17 @@ class WeightSync:
 
     def readmit(self) -> bool:
         """Connect to engines that have come up and bring all to the current version. False, and nothing done, while `changing` is held.
-        A load is waited for, since one may be under way whenever `changing` is free."""
+        A load is waited for, but not long, since one may be under way whenever `changing` is free."""
         if not self.changing.acquire(blocking=False):
             return False
         try:
-            with self._loading:
+            if not self._loading.acquire(timeout=READMIT_S):
+                return False
+            try:
                 self._connected = False
                 self.sync(self.policy_version)
+            finally:
+                self._loading.release()
             return True
         finally:
             self.changing.release()
@@ -118,6 +123,10 @@ class WeightSync:
     def reconnect(self) -> None:
         """The learner's processes are new ones."""
         self._connected = False
+
+    def close(self) -> None:
+        """The actors are about to be taken down: what fails from now on fails for that, and is not tried again."""
+        self._closed = True
 
     def _pack(self) -> Any:
         """A reference to the first rank's weights, which stay where they are until an engine asks for them."""
@@ -138,7 +147,7 @@ class WeightSync:
         """An engine whose update broke off is of no version at all, and stays frozen until the next attempt has come through."""
 
         def load() -> None:
-            if not self._connected:
+            if not self._connected or not self._pool.holds(self._client.actors):  # one that starts again would hold up the others
                 self.connect()
             actors = self._client.actors
             wait_all("pause", [actor.pause.remote() for actor in actors], self._timeout_s, replace=actors)
@@ -154,6 +163,6 @@ class WeightSync:
                 return action()
             except WeightSyncError as error:
                 self._connected = False
-                if attempt == MAX_TRIES:
+                if attempt == MAX_TRIES or self._closed:
                     raise
                 log.warning("%s; trying again (%d of %d)", error, attempt + 1, MAX_TRIES)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from toolrl_ray.episode.call_format import TextMarkers
-from toolrl_ray.errors import RolloutError
+from toolrl_ray.errors import NotLoaded, RolloutError
 from toolrl_ray.recipe import load
 from toolrl_ray.rollout import actor as module
 from toolrl_ray.rollout.actor import RolloutActor
@@ -67,6 +67,12 @@ async def test_a_start_that_fails_after_the_engine_is_loaded_loads_no_second_one
             await starting.start()
     assert await starting.start() == await starting.start() == os.getpid()
     assert len(engines) == 1 and engines[0].num_checks == 3
+
+
+@pytest.mark.parametrize("call", ["alive", "pause", "submit"])
+async def test_one_that_was_started_again_and_is_not_loaded_yet_says_so(call: str) -> None:
+    with pytest.raises(NotLoaded, match="its engine is not loaded"):
+        await getattr(actor(), call)(*([[], 1, 0] if call == "submit" else []))
 
 
 async def test_one_that_was_started_again_and_is_not_loaded_yet_has_nothing_to_call_off() -> None:
