@@ -91,14 +91,15 @@ class Collector:
 
     def batch(self) -> tuple[list[Trajectory], list[Trajectory]]:
         """(the next batch, the evaluation's episodes), once both are there."""
+        batch = None
         self._wait_for("the next batch")
         self._pump(0)  # also where the batch is there already: a replaced engine may be waiting for its weights
-        if (batch := self._stream.next_batch()) is None:
-            self.finish_loading()  # at once, as slots are released by it
-            self._wait_for("the next batch")
-        while batch is None or None in self._evaluation.values():
-            self._pump(POLL_S)
-            batch = batch or self._stream.next_batch()
+        while (batch := batch or self._stream.next_batch()) is None or None in self._evaluation.values():
+            if self._loading is None:
+                self._pump(POLL_S)
+            else:  # what has loaded releases slots, at once
+                wait([self._loading[1]], POLL_BESIDE_S)
+                self._pump(0)
         evaluated = [t for t in self._evaluation.values() if t is not None]
         self._evaluation = {}
         return batch, evaluated
@@ -137,8 +138,12 @@ class Collector:
         while not self._is_done(future):
             try:
                 self._pump(0)
-            except LearnerLost:  # the run is about to go back to a checkpoint: what the job still writes must come before that
-                wait([future], timeout=self._stall_timeout_s)
+            except LearnerLost as error:  # the run is about to go back to a checkpoint: what the job still writes must come before that
+                if not wait([future], timeout=TELL_S).done:
+                    self._say(f"{error}; waiting for {what} to end before the learner starts again")
+                if not wait([future], timeout=self._stall_timeout_s).done:
+                    late = f"{what} did not end within {self._stall_timeout_s:g} s (train.stall_timeout_s)"
+                    raise StallError(f"{error}; and {late}") from None
                 raise
         return future.result(timeout=0)
 
@@ -149,14 +154,14 @@ class Collector:
 
     def _pump(self, max_wait_s: float) -> None:
         """Takes in what has finished before it lets late groups go. A poll brings only a part of what finished while this thread was held
-        up, so for HELD_S after that no group is late."""
+        up, so for HELD_S after that no group is late; and nothing could be seen to move meanwhile."""
         self.idle_s += time.monotonic() - self._polled_at if self._is_idle else 0.0
         self._note_loaded()
         num_completed = self._stream.num_completed
         finished = self._rollout.poll(max_wait_s)
         now = time.monotonic()
-        if now - self._polled_at > HELD_S:
-            self._held_at = now
+        if (held_s := now - self._polled_at) > HELD_S:
+            self._held_at, self._moved_at = now, min(now, self._moved_at + held_s)
         of_evaluation = {t.request.episode_id: t for t in finished if t.request.episode_id in self._evaluation}
         self._evaluation |= of_evaluation
         self._stream.add(t for t in finished if t.request.episode_id not in of_evaluation)
@@ -184,8 +189,10 @@ class Collector:
         """Who waits for whom."""
         missing = sum(t is None for t in self._evaluation.values())
         evaluation = f"; {missing} episodes of an evaluation are missing" if missing else ""
+        loading = f"; weights of version {self._loading[0]} are on their way to the engines" if self._loading else ""
         waited_s = time.monotonic() - self._began_at
-        return f"waiting for {self._awaited} for {waited_s:.0f} s. {self._stream.describe()}. {self._rollout.describe()}{evaluation}"
+        awaited = f"waiting for {self._awaited} for {waited_s:.0f} s{loading}"
+        return f"{awaited}. {self._stream.describe()}. {self._rollout.describe()}{evaluation}"
 
 
 def in_thread(job: Callable[[], T]) -> Future[T]:

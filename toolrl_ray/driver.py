@@ -208,7 +208,9 @@ class Run:
         if evaluated:
             self._record_evaluation(f"step-{step - 1}", step - 1, eval_result(evaluated), evaluated)
         written = in_thread(partial(trajectories.write, step, batch))  # a lot, for which the learner need not wait
+        update_at = time.monotonic()
         learned, load = collector.beside("the update", partial(self._learn, parts, step, batch))
+        update_s = time.monotonic() - update_at
         collector.load(step, load)
         if not self._config.stream.max_staleness_steps:
             collector.finish_loading()
@@ -232,7 +234,7 @@ class Run:
             "weights/backend": parts.weights.backend,
             "system/memory_gib": tree_gib(),
             "time/rollout_idle_share": min(1.0, idle_s / step_s),
-            "time/learner_idle_share": waited_s / step_s,
+            "time/learner_idle_share": 1 - update_s / step_s,
             "time/step_s": step_s,
         }
         counted = {"episodes": numbers["rollout/episodes"], "tokens": numbers["rollout/sampled_tokens"], "rollout_s": rollout_s}

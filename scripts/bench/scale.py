@@ -188,7 +188,7 @@ def numbers(options: argparse.Namespace, meter: Meter, steps: list[dict[str, Any
     count = meter.num_trained
     spent = {key: meter.end[key] - meter.begin[key] for key in meter.begin}
     wall_s, step_s = spent["wall_s"], sum(s["time/step_s"] for s in steps)
-    busy_s = sum(s["time/update_s"] + s["time/weight_sync_s"] for s in steps)
+    busy_s = sum((1 - s["time/learner_idle_share"]) * s["time/step_s"] for s in steps)
     memory = {f"{share:.0%}": meter.memory_at(share) for share in MEMORY_SHARES}
     return {
         "trajectories": count,

@@ -29,6 +29,17 @@ class Concurrent(ScriptedParts):
         return super().poll(max_wait_s)
 
 
+class Slow(Concurrent):
+    """Nothing finishes while it is not open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_open = threading.Event()
+
+    def poll(self, max_wait_s: float):
+        return super().poll(max_wait_s) if self.is_open.is_set() else []
+
+
 class Stalled(Concurrent):
     def poll(self, max_wait_s: float):
         return []
@@ -80,6 +91,22 @@ def test_the_next_update_may_run_while_the_engines_load_and_slots_are_released_o
     assert (stream.loaded_version, a_collector.load_numbers) == (1, {"weights/policy_version": 1})
 
 
+def test_a_batch_that_is_complete_while_the_engines_load_is_handed_over_at_once() -> None:
+    rollout = Slow()
+    a_collector, stream = collector(rollout)
+    rollout.is_open.set()
+    a_collector.batch()
+    rollout.is_open.clear()
+    never = threading.Event()
+    a_collector.load(1, lambda: never.wait(30) and {})
+    threading.Timer(0.1, rollout.is_open.set).start()
+    try:
+        assert [t.request.group_id for t in a_collector.batch()[0]] == ["2", "3"]
+        assert stream.loaded_version == 0
+    finally:
+        never.set()
+
+
 def test_a_load_waits_for_the_one_before_it() -> None:
     a_collector, stream = collector(Concurrent())
     first, log = threading.Event(), []
@@ -107,8 +134,10 @@ def test_engines_that_never_come_to_their_weights_are_noticed() -> None:
     never = threading.Event()
     a_collector, _ = collector(Stalled(), stall_timeout_s=0.05)
     a_collector.load(1, never.wait)
-    with pytest.raises(StallError, match="waiting for the engines to load new weights"):
+    with pytest.raises(StallError, match="waiting for the next batch for 0 s; weights of version 1 are on their way"):
         a_collector.batch()
+    with pytest.raises(StallError, match="waiting for the engines to load new weights"):
+        a_collector.finish_loading()
     never.set()
 
 
@@ -230,6 +259,32 @@ def test_a_job_ends_before_a_lost_learner_is_told_of() -> None:
     with pytest.raises(LearnerLost):
         collector(Lost())[0].beside("the last checkpoint", job)
     assert ended
+
+
+def test_a_job_that_a_lost_learner_waits_for_is_told_and_no_run_goes_back_while_it_may_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lost(Concurrent):
+        def poll(self, max_wait_s: float):
+            raise LearnerLost("learner rank 0 died in connect")
+
+    monkeypatch.setattr(module, "TELL_S", 0.02)
+    never, said = threading.Event(), []
+    with pytest.raises(StallError, match=r"^learner rank 0 died in connect; and the last checkpoint did not end within 0.1 s"):
+        collector(Lost(), stall_timeout_s=0.1, said=said)[0].beside("the last checkpoint", never.wait)
+    never.set()
+    assert said == ["learner rank 0 died in connect; waiting for the last checkpoint to end before the learner starts again"]
+
+
+def test_time_in_which_the_main_thread_was_held_up_is_no_stall(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a replaced engine that gets its weights. What stands still otherwise adds up all the same."""
+    now = [0.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    a_collector, _ = collector(Stalled(), stall_timeout_s=30)
+    for at in (0, 4, 44, 48, 90, 91, 95, 99, 103, 107, 110):  # held up from 4 to 44 and from 48 to 90
+        now[0] = at
+        a_collector._pump(0)
+    now[0] = 113
+    with pytest.raises(StallError, match="nothing has moved for 31 s"):
+        a_collector._pump(0)
 
 
 def test_a_long_wait_is_told_while_it_lasts(monkeypatch: pytest.MonkeyPatch) -> None:

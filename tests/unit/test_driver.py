@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,22 @@ def test_episodes_of_groups_that_were_filtered_away_count_in_the_speed_and_in_a_
         assert m["rollout/sampled_tokens"] == 2 * num_episodes
         assert m["rollout/tokens_per_s"] * m["time/rollout_s"] == pytest.approx(2 * num_episodes)
     assert len(load_trajectories(tmp_path / "run" / "trajectories.jsonl")) == 12
+
+
+@pytest.mark.parametrize("k", [0, 1, 2])
+def test_a_learner_that_waits_for_a_load_is_idle(k: int, tmp_path: Path) -> None:
+    """Its updates take next to nothing here, and each load a while."""
+
+    class Loading(ScriptedParts):
+        concurrent = True
+
+        def take(self, policy_version: int):
+            return lambda: threading.Event().wait(0.2) or self.sync(policy_version) | {"time/weight_sync_s": 0.2}
+
+    start(tmp_path, f"stream.max_staleness_steps={k}", "train.num_steps=6").train(Loading().parts())
+    steps = load_metrics(tmp_path / "run" / "metrics.jsonl")
+    idle_s = sum(m["time/learner_idle_share"] * m["time/step_s"] for m in steps)
+    assert idle_s > 0.5 * sum(m["time/step_s"] for m in steps) > 0.25
 
 
 def test_the_tracker_ends_only_when_it_is_closed_and_then_has_every_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
