@@ -23,7 +23,9 @@ EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PIPE, EXIT_TERMINATED = 1, 130, 141, 143
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM arrived: unwind as for Ctrl-C, so that nothing stays behind. Of its kind, so that no tool's call that it meets takes it
-    for an error of the tool."""
+    for an error of the tool. Where it meets a wait of Ray's, Ray raises a plain KeyboardInterrupt: hence `arrived`."""
+
+    arrived = False
 
 
 def say(line: str) -> None:
@@ -57,6 +59,7 @@ def _run(arguments: list[str] | None) -> int:
         os.getcwd()
     except OSError as error:
         return _end(f"the working folder cannot be used ({error.strerror}); change to another one", EXIT_USER, error)
+    Terminated.arrived = False
     signal.signal(signal.SIGTERM, _on_sigterm)
     # To save a model, transformers imports DeepSpeed, which tells stdout where it finds no GPU.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
@@ -75,10 +78,8 @@ def _run(arguments: list[str] | None) -> int:
         if options.verbose:
             raise
         return _end(f"{type(error).__name__}: {error}", EXIT_ERROR, error)
-    except Terminated as error:
-        return _end("terminated", EXIT_TERMINATED, error)
     except KeyboardInterrupt as error:
-        return _end("interrupted", EXIT_INTERRUPTED, error)
+        return _end("terminated", EXIT_TERMINATED, error) if Terminated.arrived else _end("interrupted", EXIT_INTERRUPTED, error)
 
 
 def _end(message: str, code: int, error: BaseException) -> int:
@@ -103,6 +104,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _on_sigterm(signum: int, frame: Any) -> None:
+    Terminated.arrived = True
     raise Terminated
 
 

@@ -18,6 +18,7 @@ from toolrl_ray import cli, driver, recipe
 from toolrl_ray.errors import RolloutError, UserError
 from toolrl_ray.tracking.metrics import load_metrics
 from toolrl_ray.tracking.trajectories import load_trajectories
+from toolrl_ray.types import EpisodeRequest
 
 SMALL = ["task.num_train=8", "task.num_heldout=4", "eval.num_tasks=4", "train.tasks_per_step=3", "train.num_steps=1", "tracking.wandb=off"]
 
@@ -180,7 +181,6 @@ def test_a_run_closes_its_parts_and_then_its_tracking(scripted: ScriptedParts, f
     ("at", "error", "code", "stays"),
     [
         ("update", KeyboardInterrupt(), 130, False),
-        ("update", cli.Terminated(), 143, False),
         ("collect eval-before", RolloutError("the engine is gone"), 1, False),
         ("collect eval-after", RolloutError("the engine is gone"), 1, True),
         ("collect eval-after", KeyboardInterrupt(), 130, True),
@@ -212,7 +212,6 @@ def resume(*overrides: str) -> int:
     ("error", "code", "word"),
     [
         (KeyboardInterrupt(), 130, "interrupted"),
-        (cli.Terminated(), 143, "terminated"),
         (RolloutError("the engine is gone"), 1, "RolloutError: the engine is gone"),
         (UserError("no room"), 2, "no room"),
     ],
@@ -282,13 +281,25 @@ def test_a_run_that_is_under_way_is_not_resumed(scripted: ScriptedParts, folder:
     assert f"the run is under way in process {os.getpid()} on " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("where", ["in Python", "in a wait of Ray's"])
 def test_sigterm_ends_a_run_as_ctrl_c_does_and_says_how_to_go_on(
-    scripted: ScriptedParts, folder: Path, capsys: pytest.CaptureFixture[str]
+    scripted: ScriptedParts, folder: Path, capsys: pytest.CaptureFixture[str], where: str
 ) -> None:
-    scripted.reward = lambda request: float(signal.raise_signal(signal.SIGTERM) or 1) if request.group_id == "9" else 1.0
+    def reward(request: EpisodeRequest) -> float:
+        if request.group_id == "9":
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            except KeyboardInterrupt:
+                if where == "in Python":
+                    raise
+                raise KeyboardInterrupt from None  # Ray's wait keeps no other
+        return 1.0
+
+    scripted.reward = reward
     assert start() == 143
     assert scripted.calls[-2:] == ["close", "finish"]
-    assert capsys.readouterr().err.splitlines()[-1].startswith("toolrl: to go on from step 2: toolrl train")
+    terminated, how = capsys.readouterr().err.splitlines()
+    assert terminated == "toolrl: terminated" and how.startswith("toolrl: to go on from step 2: toolrl train")
 
 
 @pytest.mark.parametrize("words", ["--in-process {} run_dir=run", "{} run_dir=run --in-process", "--in-process --verbose {} run_dir=run"])
