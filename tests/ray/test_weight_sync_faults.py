@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import ray
@@ -153,6 +154,26 @@ def make(cluster):
 
 def seen(engine) -> tuple[list[str], float]:
     return answer(engine.seen.remote)
+
+
+@contextmanager
+def held_elsewhere(lock) -> Iterator[None]:
+    """By another thread."""
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            held.set()
+            done.wait(timeout=60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        assert held.wait(timeout=60)
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=60)
 
 
 def check_frozen_until_whole(log: list[str]) -> None:
@@ -331,19 +352,8 @@ def test_a_readmission_does_not_wait_for_a_load_that_hangs(make, monkeypatch) ->
     monkeypatch.setattr(module, "READMIT_S", 0.05)
     engine = Engine.remote()
     sync, _, _ = make(engine)
-    held, done = threading.Event(), threading.Event()
-
-    def load() -> None:
-        with sync._loading:
-            held.set()
-            done.wait(timeout=60)
-
-    thread = threading.Thread(target=load)
-    thread.start()
-    held.wait(timeout=60)
-    assert sync.readmit() is False and seen(engine) == ([], 0.0)
-    done.set()
-    thread.join(timeout=60)
+    with held_elsewhere(sync._loading):
+        assert sync.readmit() is False and seen(engine) == ([], 0.0)
     assert sync.readmit() is True
 
 
@@ -363,20 +373,9 @@ def test_an_engine_that_comes_back_gets_the_current_weights_and_not_while_they_c
     sync.sync(2)
     assert seen(bad) == ([], 0.0)
     pool.lives = {0, 1}
-    held, done = threading.Event(), threading.Event()
-
-    def update() -> None:
-        with sync.changing:
-            held.set()
-            done.wait(timeout=60)
-
-    thread = threading.Thread(target=update)
-    thread.start()
-    held.wait(timeout=60)
-    assert sync.readmit() is False
-    assert seen(bad) == ([], 0.0)
-    done.set()
-    thread.join(timeout=60)
+    with held_elsewhere(sync.changing):
+        assert sync.readmit() is False
+        assert seen(bad) == ([], 0.0)
     assert sync.readmit() is True
     log, weight = seen(bad)
     assert weight == 2.0 and log[-2:] == ["finish_weight_update2", "resume"]
