@@ -32,8 +32,11 @@ def load_config(path: str) -> Any:
         raise UserError(_not_loadable(path, error)) from None
 
 
-def load_model(auto_class: Any, path: str, dtype: str) -> Any:
-    """The model that auto_class makes of `path`, every dropout rate 0. Raises UserError with one line where there is no complete one."""
+def load_model(auto_class: Any, path: str, dtype: str, device: str | None = None) -> Any:
+    """The model that auto_class makes of `path`, every dropout rate 0. Raises UserError with one line where there is no complete one.
+
+    device: "meta" reads no more than the names and shapes of the weights.
+    """
     import torch
     from transformers.utils import logging
 
@@ -44,7 +47,7 @@ def load_model(auto_class: Any, path: str, dtype: str) -> Any:
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its report of unused weights; those that are missing or do not fit are an error here
-    options = {"dtype": getattr(torch, dtype), "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options = {"dtype": getattr(torch, dtype), "output_loading_info": True, "ignore_mismatched_sizes": True, "device_map": device}
     try:
         model, info = auto_class.from_pretrained(path, config=config, **options)
     except Exception as error:  # as above; a damaged file of weights alone has half a dozen
@@ -63,8 +66,10 @@ def load_model(auto_class: Any, path: str, dtype: str) -> Any:
 
 
 def check_weights(path: str) -> None:
-    """The folder's weights are there and none is cut off, as far as names, sizes and headers tell. Raises UserError with one line."""
+    """The folder's weights are there, all of them, and none is cut off, as far as names, sizes and headers tell. Raises UserError with one
+    line: vLLM would sample from what memory holds where a weight is missing."""
     from safetensors import SafetensorError, safe_open
+    from transformers import AutoModelForCausalLM
 
     files = _weight_files(Path(path))
     if not files:
@@ -81,6 +86,8 @@ def check_weights(path: str) -> None:
                     pass
         except (OSError, SafetensorError) as error:
             raise UserError(f"{where} is damaged or cannot be read ({one_line(error)}); {COMPLETE}") from None
+    if not hasattr(load_config(path), "quantization_config"):  # whose names are those of a package that may be vLLM's alone
+        load_model(AutoModelForCausalLM, path, "float32", device="meta")
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from tests.stack.test_weight_sync import make_policy
 from toolrl_ray.config import RunConfig
 from toolrl_ray.errors import RolloutError, UserError
 from toolrl_ray.rollout import vllm_engine
+from toolrl_ray.rollout.engine_core import LastWords
 from toolrl_ray.rollout.vllm_engine import VLLMEngine, _check_platform, _set_environment
+from toolrl_ray.types import SamplingParams
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +73,7 @@ class Worker:
 
 def engine_on(worker: Worker) -> VLLMEngine:
     engine = object.__new__(VLLMEngine)  # as it is once vLLM is loaded
-    engine._llm, engine._update_may_be_open, engine._version = worker, False, 0
+    engine._llm, engine._update_may_be_open, engine._version, engine._last_words = worker, False, 0, LastWords()
     return engine
 
 
@@ -137,12 +142,13 @@ def test_an_engine_that_is_dead_or_hangs_is_told_from_one_that_answers(state: st
         return False
 
     monkeypatch.setattr(vllm_engine, "ANSWER_S", 0.05)
-    deaths: list[str] = []
+    deaths: list[RolloutError] = []
     engine = engine_on(SimpleNamespace(errored=state == "dead", is_paused=is_paused))
-    engine._on_death = lambda: deaths.append(state)
-    with nullcontext() if state == "well" else pytest.raises(RolloutError, match="dead or does not answer"):
+    engine._on_death = deaths.append
+    what = "does not answer within 0.05 s" if state == "hangs" else "is dead"
+    with nullcontext() if state == "well" else pytest.raises(RolloutError, match=f"^vLLM's engine-core process {what}$") as raised:
         asyncio.run(engine.check_alive())
-    assert deaths == ([] if state == "well" else [state])
+    assert deaths == ([] if state == "well" else [raised.value])
 
 
 @pytest.mark.parametrize("call", ["start_weight_update", "update_weights", "finish_weight_update", "resume", "pause", "ready"])
@@ -162,10 +168,35 @@ def test_a_call_that_the_engine_core_process_does_not_outlive_is_its_death_and_n
     monkeypatch.setattr(vllm_engine, "LOOK_S", 0.01)
     updates = ["start_weight_update", "update_weights", "finish_weight_update", "update_weight_version"]
     llm = SimpleNamespace(errored=False, **dict.fromkeys([*updates, "pause_generation", "resume_generation"], never))
-    deaths: list[str] = []
+    deaths: list[RolloutError] = []
     engine = engine_on(llm)
-    engine._recompute, engine._on_death = True, lambda: deaths.append(call)
+    engine._recompute, engine._on_death = True, deaths.append
     arguments = {"update_weights": [{}], "finish_weight_update": [1], "ready": [1]}.get(call, [])
-    with pytest.raises(RolloutError, match="dead or does not answer"):
+    with pytest.raises(RolloutError, match="process is dead") as raised:
         asyncio.run(asyncio.wait_for(getattr(engine, call)(*arguments), 30))
-    assert deaths == [call]
+    assert deaths == [raised.value]
+
+
+def test_an_engine_core_that_dies_or_does_not_start_says_why(tmp_path: Path) -> None:
+    """Real vLLM, with heads that its attention on CPU has no kernel for, which shows at the first request, and then with a file of weights
+    that are not those of config.json."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        pytest.skip("a GPU has a kernel for heads of 16: runs where vLLM's CPU build is installed")
+    make_policy(tmp_path, tied=True, num_heads=8)
+
+    async def first_request() -> None:
+        engine = VLLMEngine(RunConfig(recipe="test"), str(tmp_path), "object_store", 0)
+        try:
+            await engine.ready(0)
+            await asyncio.wait_for(engine.generate([5, 6, 7], SamplingParams(1.0, 4, ())), 60)
+        finally:
+            engine.shutdown()
+
+    with pytest.raises(RolloutError, match="^vLLM's engine-core process is dead: RuntimeError: Unsupported CPU attention .*head_dim=16"):
+        asyncio.run(first_request())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 512}))
+    with pytest.raises(RolloutError, match=f"^vLLM cannot start with {tmp_path}: "):
+        VLLMEngine(RunConfig(recipe="test"), str(tmp_path), "object_store", 0)

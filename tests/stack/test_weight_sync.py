@@ -20,7 +20,7 @@ NUM_SYNCS = 20
 SEQUENCE = list(range(5, 60))
 
 
-def make_policy(path, tied: bool) -> LlamaForCausalLM:
+def make_policy(path, tied: bool, num_heads: int = 4) -> LlamaForCausalLM:
     torch.manual_seed(0)
     tokenizer = make_tokenizer(256, PIECES)
     model = LlamaForCausalLM(
@@ -28,7 +28,7 @@ def make_policy(path, tied: bool) -> LlamaForCausalLM:
             vocab_size=len(tokenizer),
             hidden_size=128,
             num_hidden_layers=3,
-            num_attention_heads=4,
+            num_attention_heads=num_heads,
             intermediate_size=352,
             max_position_embeddings=512,
             tie_word_embeddings=tied,

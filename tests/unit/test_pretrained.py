@@ -76,6 +76,8 @@ def test_rollout_and_learner_refuse_a_damaged_model_with_the_same_line(folder: P
         (cut_off, r"model.safetensors is damaged or cannot be read \(Error while deserializing header"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b""), "model.safetensors is empty"),
         (lambda folder: (folder / "model.safetensors").unlink(), r"the folder has no weights \(model.safetensors, or shards"),
+        (without_a_weight, "1 weights are missing, model.layers.1.mlp.down_proj.weight among them"),
+        (lambda folder: set_key(folder / "config.json", "intermediate_size", 64), "6 weights contradict config.json"),
     ],
 )
 def test_what_names_and_headers_tell_is_told_without_loading(folder: Path, damage: Damage, message: str) -> None:
@@ -83,6 +85,12 @@ def test_what_names_and_headers_tell_is_told_without_loading(folder: Path, damag
     damage(folder)
     with pytest.raises(UserError, match=f"^policy.path='{folder}': {message}"):
         check_weights(str(folder))
+
+
+def test_names_of_a_quantised_model_are_left_to_whoever_loads_it(folder: Path) -> None:
+    without_a_weight(folder)
+    set_key(folder / "config.json", "quantization_config", {"quant_method": "of-another-package"})
+    check_weights(str(folder))
 
 
 def test_every_shard_of_an_index_is_looked_at(folder: Path) -> None:

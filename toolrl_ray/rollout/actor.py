@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from toolrl_ray.config import RunConfig
-from toolrl_ray.errors import ConfigError, NotLoaded
+from toolrl_ray.errors import ConfigError, NotLoaded, RolloutError
 from toolrl_ray.rollout.assignment import Outcome
 from toolrl_ray.rollout.inbox import Inbox
 from toolrl_ray.rollout.load import load_call_format, load_codec, load_engine
@@ -19,6 +19,8 @@ from toolrl_ray.rollout.runner import EpisodeRunner
 from toolrl_ray.tasks.module import task_module
 from toolrl_ray.tools.serve_client import ToolClient
 from toolrl_ray.types import EpisodeRequest
+
+TELL_S = 0.5  # that a process without its engine lives on, so that its answers arrive
 
 
 class RolloutActor:
@@ -30,6 +32,7 @@ class RolloutActor:
         self._weight_backend = weight_backend
         self._tools_app = tools_app
         self._starting = asyncio.Lock()
+        self._inbox = Inbox()
         with suppress(ConfigError):  # which `start` raises
             task_module(config.task)  # requests with tasks of a class of its own unpickle only where it is loaded
 
@@ -38,17 +41,18 @@ class RolloutActor:
         """Load the engine unless it is loaded; returns this process's id. The policy in `policy_dir` is version 0."""
         async with self._starting:
             if hasattr(self, "_engine"):
-                await self._engine.check_alive()
-            if hasattr(self, "_inbox"):
+                try:
+                    await self._engine.check_alive()
+                except RolloutError:
+                    await asyncio.Event().wait()  # for the end of this process: Ray asks the next one
+            if hasattr(self, "_runner"):
                 return os.getpid()
             codec = load_codec(self._policy_dir)
             if not hasattr(self, "_engine"):  # it is there where a start before has failed at what follows
-                # Without its engine this process is of no use: ending it makes Ray replace it.
-                self._engine = load_engine(self._config, self._policy_dir, codec, self._weight_backend, lambda: os._exit(1))
+                self._engine = load_engine(self._config, self._policy_dir, codec, self._weight_backend, self._engine_is_lost)
             await self._engine.ready(0)
             self._tools = ToolClient(self._tools_app, self._config.tools)
             call_format = await load_call_format(self._config, codec, self._tools.infos)
-            self._inbox = Inbox()
             generate = self._inbox.sampling(self._engine.generate)
             self._runner = EpisodeRunner(self._config, generate, self._tools, codec, call_format, self._engine.check_alive)
             self._inbox.run = self._runner.run
@@ -56,6 +60,11 @@ class RolloutActor:
             gc.collect()
             gc.freeze()
             return os.getpid()
+
+    def _engine_is_lost(self, error: RolloutError) -> None:
+        """Without its engine this process is of no use: `take` tells why, and Ray replaces it."""
+        self._inbox.break_off(error)
+        asyncio.get_running_loop().call_later(TELL_S, os._exit, 1)
 
     async def alive(self) -> int:
         """This process's id, where its engine is loaded and answers."""
@@ -72,8 +81,7 @@ class RolloutActor:
         self._inbox.submit(requests, max_in_flight, era)
 
     async def cancel(self, episode_ids: list[str], era: int) -> None:
-        if hasattr(self, "_inbox"):  # one that Ray has started again has nothing to call off
-            self._inbox.cancel(episode_ids, era)
+        self._inbox.cancel(episode_ids, era)
 
     async def take(self, max_wait_s: float) -> list[Outcome]:
         return await self._inbox.take(max_wait_s)

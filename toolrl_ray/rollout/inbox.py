@@ -37,6 +37,7 @@ class Inbox:
         self._away: set[asyncio.Task[None]] = set()  # those between two completions
         self._finished: list[Outcome] = []
         self._some = asyncio.Event()
+        self._broken: Exception | None = None
 
     def submit(self, requests: list[EpisodeRequest], max_in_flight: int, era: int = 0) -> None:
         """era: handed back with the outcomes of these requests."""
@@ -55,6 +56,11 @@ class Inbox:
         for task, episode in self._running.items():
             if episode in gone:
                 task.cancel()
+
+    def break_off(self, error: Exception) -> None:
+        """Nothing is handed over any more: the engine is lost, and whoever asks is told why."""
+        self._broken = error
+        self._some.set()
 
     def sampling(self, generate: GenerateFn) -> GenerateFn:
         async def in_place(token_ids: list[int], params: SamplingParams) -> Completion:
@@ -84,13 +90,16 @@ class Inbox:
         self._start()
 
     async def take(self, max_wait_s: float) -> list[Outcome]:
-        """Everything that has finished since the last call; waits for the first at most `max_wait_s`, then returns []."""
+        """Everything that has finished since the last call; waits for the first at most `max_wait_s`, then returns []. Raises what
+        `break_off` was given."""
         try:
             await asyncio.wait_for(self._some.wait(), max_wait_s)
         except TimeoutError:
             return []
-        if self._running:
+        if self._running and not self._broken:
             await asyncio.sleep(LINGER_S)
+        if self._broken:
+            raise self._broken
         finished, self._finished = self._finished, []
         self._some.clear()
         return finished

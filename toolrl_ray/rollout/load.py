@@ -68,7 +68,9 @@ async def load_call_format(config: RunConfig, codec: HFCodec, ask: Callable[[], 
     return make_call_format(config, codec, infos)
 
 
-def load_engine(config: RunConfig, policy_dir: str, codec: HFCodec, weight_backend: str, on_death: Callable[[], None]) -> RolloutEngine:
+def load_engine(
+    config: RunConfig, policy_dir: str, codec: HFCodec, weight_backend: str, on_death: Callable[[RolloutError], None]
+) -> RolloutEngine:
     if config.rollout.engine == "vllm":
         from toolrl_ray.rollout.vllm_engine import VLLMEngine
 

@@ -23,7 +23,7 @@ from toolrl_ray.rollout.inbox import num_places
 from toolrl_ray.rollout.process import process_of, start_error
 from toolrl_ray.tools.stats import ClientCounts
 from toolrl_ray.types import EpisodeRequest, Trajectory
-from toolrl_ray.weights.client import RAISED
+from toolrl_ray.weights.client import RAISED, what_it_raised
 
 log = logging.getLogger(__name__)
 TAKE_WAIT_S = 2.0
@@ -218,7 +218,7 @@ class RolloutPool:
     def _lost(self, index: int, error: Exception) -> None:
         if index in (i for i, _ in self._starts.values()):
             return
-        reason = " ".join(str(error).split())[:300]
+        reason = what_it_raised(error) if isinstance(error, RAISED) else " ".join(str(error).split())[:300]
         self._call_off(self._book.era, {index: self._book.running(index)})  # it may be alive, but nothing of these may come from it
         self._submits = {ref: other for ref, other in self._submits.items() if other != index}
         self._loaded.discard(index)

@@ -15,8 +15,8 @@ from typing import Any
 
 from toolrl_ray.config import RunConfig
 from toolrl_ray.errors import RolloutError, UserError
+from toolrl_ray.rollout.engine_core import LastWords
 from toolrl_ray.types import Completion, SamplingParams
-from toolrl_ray.weights.vllm_object_store import DIE_WITH_PARENT
 
 ANSWER_S = 30.0  # longer than any step of an engine
 LOOK_S = 1.0  # between two looks at an engine that owes an answer
@@ -27,7 +27,6 @@ def _set_environment(config: RunConfig, on_gpu: bool, weight_backend: str) -> No
     """vLLM reads these when it is imported and hands them to its child processes."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ[DIE_WITH_PARENT] = str(os.getpid())
     if weight_backend == "ipc":
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # GPU memory handles travel pickled, between our own processes
     if not on_gpu:
@@ -51,10 +50,17 @@ def _check_platform(num_gpus: float, is_cpu_build: bool) -> None:
 
 class VLLMEngine:
     """policy_dir: Hugging Face folder or Hub name. weight_backend: "object_store", "nccl" or "ipc".
-    on_death: called when vLLM's engine-core process is found dead or hanging, which this object cannot mend."""
+    on_death: called, with what then is raised, when vLLM's engine-core process is found dead or hanging, which this object cannot mend.
+
+    Raises RolloutError, with vLLM's reason, where the engine does not start."""
 
     def __init__(
-        self, config: RunConfig, policy_dir: str, weight_backend: str, policy_version: int, on_death: Callable[[], None] = lambda: None
+        self,
+        config: RunConfig,
+        policy_dir: str,
+        weight_backend: str,
+        policy_version: int,
+        on_death: Callable[[RolloutError], None] = lambda error: None,
     ):
         on_gpu = config.rollout.num_gpus > 0
         _set_environment(config, on_gpu, weight_backend)
@@ -88,7 +94,13 @@ class VLLMEngine:
             # On CPU a request that draws by a seed of its own and is prefilled in chunks kills the engine.
             enable_chunked_prefill=None if on_gpu else False,
         )
-        self._llm = AsyncLLM.from_engine_args(args)
+        self._last_words = LastWords()
+        try:
+            self._llm = AsyncLLM.from_engine_args(args)
+        except RuntimeError as error:
+            if not (reason := self._last_words.read()):
+                raise
+            raise RolloutError(f"vLLM cannot start with {policy_dir}: {reason}") from error
         self._sampling = functools.lru_cache(maxsize=1024)(self._new_sampling)
         self._ids = itertools.count()
 
@@ -99,14 +111,19 @@ class VLLMEngine:
         """Raises RolloutError, after `on_death`, where the engine-core process is dead or does not answer within ANSWER_S."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
+        what = "is dead"
         if not self._llm.errored:
             try:
                 await asyncio.wait_for(self._llm.is_paused(), ANSWER_S)  # any question, which it answers between two steps
                 return
-            except (TimeoutError, EngineDeadError):
+            except EngineDeadError:
                 pass
-        self._on_death()
-        raise RolloutError("vLLM's engine-core process is dead or does not answer")
+            except TimeoutError:
+                what = f"does not answer within {ANSWER_S:g} s"
+        reason = self._last_words.read(self._llm)
+        error = RolloutError(f"vLLM's engine-core process {what}{reason and ': '}{reason}")
+        self._on_death(error)
+        raise error
 
     async def _answer(self, call: Awaitable[Any]) -> Any:
         """What vLLM answers. It never answers a call that its engine-core process does not outlive: that is looked for here."""
@@ -226,6 +243,7 @@ class VLLMEngine:
 
     def shutdown(self) -> None:
         self._llm.shutdown()
+        self._last_words.close()
 
 
 def _leave_logprobs_undecoded() -> None:

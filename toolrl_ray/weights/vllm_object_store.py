@@ -6,14 +6,9 @@ with the `update_weights` call itself, as one safetensors buffer, so that no sec
 
 from __future__ import annotations
 
-import ctypes
-import os
-import signal
 from dataclasses import dataclass
 
 BACKEND = "object_store"
-DIE_WITH_PARENT = "TOOLRL_ENGINE_DIES_WITH_PARENT"
-PR_SET_PDEATHSIG = 1
 
 
 def register() -> None:
@@ -22,9 +17,6 @@ def register() -> None:
 
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, _engine_class())
-    if os.environ.get(DIE_WITH_PARENT) and os.environ[DIE_WITH_PARENT] != str(os.getpid()):
-        # kill -9 of a RolloutActor must not leave its engine-core process behind.
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _engine_class() -> type:

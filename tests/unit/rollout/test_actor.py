@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,19 +37,37 @@ def test_the_task_module_is_there_before_the_first_request_and_one_that_is_broke
     actor(f"task.module={tmp_path}/broken.py")
 
 
-async def test_a_start_that_fails_after_the_engine_is_loaded_loads_no_second_one_when_it_is_tried_again(monkeypatch) -> None:
+@pytest.fixture
+def engines(monkeypatch) -> list:
+    """The engines that actors load, in order; what else a start needs is there."""
     engines: list[ScriptedEngine] = []
-    answers = [ConnectionError("no tools"), ConnectionError("no tools"), TextMarkers()]
 
     class ScriptedEngine:
-        def __init__(self, *args: object):
+        def __init__(self, config: object, policy_dir: str, codec: object, backend: str, on_death: Callable[[RolloutError], None]):
             engines.append(self)
-            self.num_checks = 0
+            self.num_checks, self.on_death, self.error = 0, on_death, None
 
         async def ready(self, policy_version: int) -> None: ...
         async def generate(self, token_ids: list, params: object) -> None: ...
         async def check_alive(self) -> None:
             self.num_checks += 1
+            if self.error:
+                self.on_death(self.error)
+                raise self.error
+
+    async def load_call_format(*args: object) -> TextMarkers:
+        return TextMarkers()
+
+    monkeypatch.setattr(module, "load_codec", lambda policy_dir: None)
+    monkeypatch.setattr(module, "load_engine", ScriptedEngine)
+    monkeypatch.setattr(module, "load_call_format", load_call_format)
+    monkeypatch.setattr(module, "ToolClient", lambda *args: SimpleNamespace(infos=None))
+    monkeypatch.setattr(module, "gc", SimpleNamespace(collect=lambda: 0, freeze=lambda: None))
+    return engines
+
+
+async def test_a_start_that_fails_after_the_engine_is_loaded_loads_no_second_one_when_it_is_tried_again(engines, monkeypatch) -> None:
+    answers = [ConnectionError("no tools"), ConnectionError("no tools"), TextMarkers()]
 
     async def load_call_format(*args: object) -> TextMarkers:
         answer = answers.pop(0)
@@ -56,17 +75,29 @@ async def test_a_start_that_fails_after_the_engine_is_loaded_loads_no_second_one
             raise answer
         return answer
 
-    monkeypatch.setattr(module, "load_codec", lambda policy_dir: None)
-    monkeypatch.setattr(module, "load_engine", ScriptedEngine)
     monkeypatch.setattr(module, "load_call_format", load_call_format)
-    monkeypatch.setattr(module, "ToolClient", lambda *args: SimpleNamespace(infos=None))
-    monkeypatch.setattr(module, "gc", SimpleNamespace(collect=lambda: 0, freeze=lambda: None))
     starting = actor()
     for _ in range(2):
         with pytest.raises(ConnectionError):
             await starting.start()
     assert await starting.start() == await starting.start() == os.getpid()
     assert len(engines) == 1 and engines[0].num_checks == 3
+
+
+async def test_a_process_that_has_lost_its_engine_tells_why_and_ends_and_is_not_started_once_more(engines, monkeypatch) -> None:
+    ended = asyncio.Event()
+    monkeypatch.setattr(module, "TELL_S", 0.01)
+    monkeypatch.setattr(module.os, "_exit", lambda code: ended.set())
+    lost = actor()
+    await lost.start()
+    taking = asyncio.create_task(lost.take(60))
+    engines[0].error = RolloutError("vLLM's engine-core process is dead: out of memory")
+    again = asyncio.create_task(lost.start())
+    with pytest.raises(RolloutError, match="dead: out of memory"):
+        await asyncio.wait_for(taking, 5)
+    await asyncio.wait_for(ended.wait(), 5)
+    assert not again.done() and len(engines) == 1
+    again.cancel()
 
 
 @pytest.mark.parametrize("call", ["alive", "pause", "submit"])

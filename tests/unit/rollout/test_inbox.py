@@ -5,7 +5,7 @@ import gc
 
 import pytest
 
-from toolrl_ray.errors import ConfigError
+from toolrl_ray.errors import ConfigError, RolloutError
 from toolrl_ray.rollout.assignment import Outcome
 from toolrl_ray.rollout.inbox import Inbox
 from toolrl_ray.types import Completion, EpisodeRequest, SamplingParams, StopReason, Task, Trajectory
@@ -44,6 +44,16 @@ class Episodes:
 async def settle():
     for _ in range(100):
         await asyncio.sleep(0)
+
+
+async def test_a_lost_engine_is_what_whoever_asks_is_told_also_one_who_waits_already():
+    inbox, lost = Inbox(), RolloutError("vLLM's engine-core process is dead: out of memory")
+    waiting = asyncio.create_task(inbox.take(60))
+    await settle()
+    inbox.break_off(lost)
+    for asked in (waiting, inbox.take(60)):
+        with pytest.raises(RolloutError, match="dead: out of memory"):
+            await asyncio.wait_for(asked, 5)
 
 
 async def test_a_persons_mistake_is_handed_over_as_what_it_is_and_without_a_traceback(caplog):
