@@ -231,7 +231,7 @@ class RolloutPool:
         """Counts it. False where the actor is given up; raises RolloutError where there is no other."""
         self._restarts_in_a_row[index] += 1
         if self._restarts_in_a_row[index] <= MAX_RESTARTS_IN_A_ROW:
-            log.info("RolloutActor %d is lost: %s", index, reason)
+            log.warning("RolloutActor %d is lost and is started again: %s", index, reason)
             return True
         message = f"RolloutActor {index} died {MAX_RESTARTS_IN_A_ROW} times in a row; last: {reason}"
         if not self._book.present:
