@@ -130,7 +130,7 @@ class Run:
             group_size=config.train.group_size,
             num_batches=config.train.num_steps,
         )
-        self._origin |= origin.of_policy(config)  # a learner that is started anew loads it again
+        self._origin |= origin.of_policy(self._policy_dir)  # a learner that is started anew loads it again
         if not self._goes_on:
             return stream
         parts.rollout.cancel_all()

@@ -14,22 +14,33 @@ from toolrl_ray.errors import UserError
 from tools_service.loading import load_module
 
 WEIGHTS = (".safetensors", ".bin")
+POLICY = "policy.path"
 PART_BYTES = 2**20  # of a file of weights, from its beginning, middle and end: all of a large model would take minutes
 
 
-def of_policy(config: RunConfig) -> dict[str, str]:
-    """By its key; {} where it is not a folder that is here."""
-    if config.policy.path == "tiny" or not os.path.isdir(config.policy.path):
+def of_policy(policy_dir: str) -> dict[str, str]:
+    """By its key, of the folder or Hub name that is loaded; {} where there are no weights here, as where only other nodes have them."""
+    folder = Path(policy_dir) if os.path.isdir(policy_dir) else _hub_snapshot(policy_dir)
+    paths = sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS and path.is_file()) if folder else []
+    if not paths:
         return {}
     whole = hashlib.sha256()
-    for path in sorted(path for path in Path(config.policy.path).iterdir() if path.suffix in WEIGHTS and path.is_file()):
+    for path in paths:
         size = path.stat().st_size
         whole.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:
             for start in (0, (size - PART_BYTES) // 2, size - PART_BYTES):
                 file.seek(max(0, start))
                 whole.update(file.read(PART_BYTES))
-    return {"policy.path": whole.hexdigest()}
+    return {POLICY: whole.hexdigest()}
+
+
+def _hub_snapshot(name: str) -> Path | None:
+    """Where the files of a Hub name that were loaded last lie, by the local cache alone."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(name, "config.json")
+    return Path(path).parent if isinstance(path, str) else None
 
 
 def of_task_modules(config: RunConfig) -> dict[str, str]:

@@ -27,11 +27,12 @@ SETTINGS = [
 ]
 
 
-def run(run_dir: Path, scripted: ScriptedParts, *overrides: str, resume: bool = False) -> list[str]:
-    """Lines that a person sees, the summary last."""
+def run(run_dir: Path, scripted: ScriptedParts, *overrides: str, resume: bool = False, tiny: Path | None = None) -> list[str]:
+    """Lines that a person sees, the summary last. tiny: the folder of policy.path=tiny."""
     said: list[str] = []
     config = recipe.load("calculator", [*SETTINGS, *overrides])
-    summary = Run(config, run_dir, "policy-dir", said.append, resume=resume).train(scripted.parts())
+    policy_dir = str(tiny or "policy-dir") if config.policy.path == "tiny" else config.policy.path
+    summary = Run(config, run_dir, policy_dir, said.append, resume=resume).train(scripted.parts())
     return [*said, render(summary)]
 
 
@@ -156,10 +157,10 @@ def test_an_evaluation_before_training_is_of_a_run_that_begins_and_of_none_that_
     assert ["held-out", "accuracy", "(4", "tasks)", "-", "1.000"] in [line.split() for line in said[-1].splitlines()]
 
 
-def killed_after_step_2(run_dir: Path, *overrides: str) -> Path:
+def killed_after_step_2(run_dir: Path, *overrides: str, tiny: Path | None = None) -> Path:
     """The folder of a run that was killed in step 5, with a checkpoint of step 2."""
     with pytest.raises(RolloutError):
-        run(run_dir, ScriptedParts({"sync 5": RolloutError("killed")}), *overrides)
+        run(run_dir, ScriptedParts({"sync 5": RolloutError("killed")}), *overrides, tiny=tiny)
     return run_dir
 
 
@@ -245,6 +246,45 @@ def test_a_run_whose_policy_or_task_module_is_another_now_is_not_gone_on_with(tm
     with pytest.raises(UserError, match=f"the files of {key} are not those that the run began with"):
         run(run_dir, scripted, *settings, resume=True)
     assert (run_dir / "metrics.jsonl").read_bytes() == rows and scripted.calls == []
+
+
+OTHER_POLICY = "the files of policy.path are not those that the run began with"
+
+
+def test_a_run_whose_tiny_policy_was_made_anew_as_another_is_not_gone_on_with(tmp_path: Path) -> None:
+    made, other = (folder_of_weights(tmp_path / name) for name in ("tiny-1", "tiny-2"))
+    run_dir = killed_after_step_2(tmp_path / "run", tiny=made)
+    (other / "model-2.safetensors").write_bytes(b"21")
+    rows = (run_dir / "metrics.jsonl").read_bytes()
+    scripted = ScriptedParts()
+    with pytest.raises(UserError, match=OTHER_POLICY):
+        run(run_dir, scripted, resume=True, tiny=other)
+    assert (run_dir / "metrics.jsonl").read_bytes() == rows and scripted.calls == []
+    shutil.copytree(made, tmp_path / "moved")  # as in another cache
+    assert "going on after step 2" in run(run_dir, scripted, resume=True, tiny=tmp_path / "moved")
+
+
+def test_a_run_whose_policy_has_new_weights_on_the_hub_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--org--name"
+
+    def loaded(commit: str, weights: bytes | None) -> None:
+        (snapshot := repository / "snapshots" / commit).mkdir(parents=True)
+        (snapshot / "config.json").touch()
+        if weights:
+            (snapshot / "model.safetensors").write_bytes(weights)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / "main").write_text(commit)
+
+    loaded("1" * 40, b"12")
+    run_dir = killed_after_step_2(tmp_path / "run", "policy.path=org/name")
+    loaded("2" * 40, b"21")
+    with pytest.raises(UserError, match=OTHER_POLICY):
+        run(run_dir, ScriptedParts(), "policy.path=org/name", resume=True)
+    for commit, weights in ("3" * 40, b"12"), ("4" * 40, None):  # its README changed; only other nodes have the weights
+        shutil.copytree(run_dir, tmp_path / commit)
+        loaded(commit, weights)
+        assert "going on after step 2" in run(tmp_path / commit, ScriptedParts(), "policy.path=org/name", resume=True)
 
 
 def test_a_checkpoint_that_does_not_tell_what_the_run_began_from_is_gone_on_from(tmp_path: Path) -> None:
