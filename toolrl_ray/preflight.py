@@ -18,12 +18,13 @@ STACK = frozenset(
     {"torch", "transformers", "tokenizers", "safetensors", "ray", "vllm", "deepspeed", "numpy", "psutil", "httpx", "fastapi", "mcp", "peft"}
 )
 SEARCH = "Wiki"
-NUM_PROMPTS = 4  # of each split and source, that are measured
+NUM_PROMPTS = 4  # of each split and source, that are looked at
 
 
 def check(config: RunConfig, *, in_process: bool, learner: bool) -> None:
     """Raises UserError: the first thing that is wrong."""
     from toolrl_ray.tasks.module import load_tasks
+    from toolrl_ray.tasks.stream import digest
     from toolrl_ray.tools.local import tool_factories
 
     check_packages(config, in_process=in_process, learner=learner)
@@ -32,11 +33,14 @@ def check(config: RunConfig, *, in_process: bool, learner: bool) -> None:
     tool_factories(config.tools)
     check_index(config, in_process=in_process)
     train, heldout = load_tasks(config.task)
+    first = [*_first_of_each(train), *_first_of_each(heldout)]
+    if learner:
+        digest(first)  # raises for a class of tasks that no checkpoint can tell from others
     if config.policy.path != "tiny":
         check_context(config)
         if os.path.isdir(config.policy.path):
             check_weights(config.policy.path)
-    check_prompts(config, [*_first_of_each(train), *_first_of_each(heldout)])
+    check_prompts(config, first)
 
 
 def check_packages(config: RunConfig, *, in_process: bool, learner: bool) -> None:

@@ -183,3 +183,29 @@ def test_in_this_process_a_gpu_that_pytorch_does_not_see_is_told_before_the_tiny
     preflight.check(recipe.load("calculator", ["learner.num_gpus=1"]), in_process=True, learner=False)  # an evaluation has no learner
     assert cli.main(["eval", "calculator", "--in-process", "rollout.num_gpus=1"]) == 2
     assert capsys.readouterr().err.startswith("toolrl: rollout.num_gpus=1, but PyTorch sees no GPU here")
+
+
+OWN_TASK = """
+from dataclasses import dataclass
+from toolrl_ray.types import Task
+
+@dataclass(frozen=True)
+class Own(Task):
+    value: object = object()
+
+def load_tasks(config):
+    tasks = [Own(f"own/{n}", "1+1", "2", "own") for n in range(2)]
+    return tasks, tasks
+
+def render_prompt(task, few_shot):
+    return task.prompt
+
+def reward(trajectory):
+    return 1.0
+"""
+
+
+def test_a_class_of_tasks_that_cannot_be_written_as_text_is_told_before_anything_is_made(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN_TASK)
+    with pytest.raises(ConfigError, match=r"task 'own/0' has a value that cannot be written as JSON \(.*object is unsupported\)"):
+        check("policy.path=tiny", f"task.module={tmp_path}/own.py")

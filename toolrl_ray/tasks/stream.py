@@ -5,10 +5,35 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections.abc import Iterable
 from dataclasses import astuple
-from functools import cached_property
+from typing import Any
 
+import msgspec
+
+from toolrl_ray.errors import ConfigError
 from toolrl_ray.types import Task
+
+
+def digest(tasks: Iterable[Task]) -> str:
+    """Of every task, in order. Raises ConfigError for one of a class of its own with a value that cannot be written as text."""
+    whole = hashlib.sha256()
+    for task in tasks:
+        try:
+            whole.update(json.dumps(astuple(task), default=_plain).encode())
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise ConfigError(
+                f"task {task.id!r:.100} has a value that cannot be written as JSON ({' '.join(str(error).split())[:160]}); "
+                "text, numbers, dates, bytes, lists, sets, and dicts with text as keys can"
+            ) from None
+    return whole.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """For what JSON lacks. The order of a set is another one in every process."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(json.dumps(item, default=_plain) for item in value)
+    return msgspec.to_builtins(value, order="deterministic")
 
 
 class TaskStream:
@@ -21,14 +46,7 @@ class TaskStream:
         self._tasks = tasks
         self._seed = seed
         self._orders: dict[int, list[int]] = {}
-
-    @cached_property
-    def digest(self) -> str:
-        """Of every task, in order: numbers mean the same prompts only where this is the same."""
-        whole = hashlib.sha256()
-        for task in self._tasks:
-            whole.update(json.dumps(astuple(task)).encode())
-        return whole.hexdigest()
+        self.digest = digest(tasks)  # numbers mean the same prompts only where this is the same
 
     def task(self, number: int) -> Task:
         epoch, position = divmod(number, len(self._tasks))
