@@ -94,7 +94,7 @@ class Run:
         config = self._config
         assert parts.learner is not None and parts.weights is not None
         tasks, heldout = load_tasks(config.task)
-        self._origin = origin.of_task_modules(config)  # as they were loaded, whatever becomes of their files
+        self._origin = origin.of_task_modules(config) | origin.of_heldout(heldout)  # as they were loaded, whatever becomes of their files
         self._dir.mkdir(parents=True, exist_ok=True)
         isolation = isolations(parts.rollout.tool_stats())
         found = "".join(f"# {tool} runs untrusted code under {tier}\n" for tool, tier in isolation.items())
@@ -151,7 +151,7 @@ class Run:
         parts.weights.sync(step)
         files.truncate_to(self._dir, step)
         evals = self._dir / "eval.json"
-        self._evals = json.loads(evals.read_text()) if evals.exists() else {}
+        self._evals = json.loads(evals.read_text()) if (step or self._evals) and evals.exists() else {}
         self._say(f"going on after step {step}" if step else "no checkpoint yet: starting from the beginning")
         for line in files.lacking(self._dir, num_bytes):
             self._say(line)

@@ -1,20 +1,22 @@
-"""What a run began from that no checkpoint holds: the initial policy, which is also the reference of the KL, and a person's own task
-modules. Digests of their files show a resumed run that they are others now.
+"""What a run began from that no checkpoint holds: the initial policy, which is also the reference of the KL, the tasks that it is measured
+by, and a person's own task modules. Digests show a resumed run that they are others now. (Those of the training tasks are the stream's.)
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from toolrl_ray.config import RunConfig
 from toolrl_ray.errors import UserError
+from toolrl_ray.tasks.stream import digest
+from toolrl_ray.types import Task
 from tools_service.loading import load_module
 
 WEIGHTS = (".safetensors", ".bin")
-POLICY = "policy.path"
+POLICY, HELDOUT = "policy.path", "heldout"
 PART_BYTES = 2**20  # of a file of weights, from its beginning, middle and end: all of a large model would take minutes
 
 
@@ -51,11 +53,22 @@ def of_task_modules(config: RunConfig) -> dict[str, str]:
     return {key: hashlib.sha256(Path(file).read_bytes()).hexdigest() for key, file in files.items() if file}
 
 
+def of_heldout(tasks: Iterable[Task]) -> dict[str, str]:
+    """By its key."""
+    return {HELDOUT: digest(tasks)}
+
+
 def check(before: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Raises UserError for what both know and is not the same."""
-    for key, digest in before.items():
-        if now.get(key, digest) != digest:
+    for key, known in before.items():
+        if now.get(key, known) == known:
+            continue
+        if key == HELDOUT:
             raise UserError(
-                f"the files of {key} are not those that the run began with, so it would learn something else from here on; bring them back "
-                "as they were, or start a new run"
+                "the held-out tasks are not those that the run began with (task.*), so its evaluations would not be of the same problems; "
+                "bring the files of the tasks back as they were, or start a new run"
             )
+        raise UserError(
+            f"the files of {key} are not those that the run began with, so it would learn something else from here on; bring them back "
+            "as they were, or start a new run"
+        )

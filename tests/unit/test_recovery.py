@@ -248,6 +248,36 @@ def test_a_run_whose_policy_or_task_module_is_another_now_is_not_gone_on_with(tm
     assert (run_dir / "metrics.jsonl").read_bytes() == rows and scripted.calls == []
 
 
+def test_a_run_whose_heldout_tasks_are_others_now_is_not_gone_on_with(tmp_path: Path) -> None:
+    """In files of data: nothing of the task module shows it."""
+    settings = ["task.source=gsm8k", f"task.path={tmp_path}/data.jsonl"]
+    rows = [{"expr": f"{n}+1", "result": str(n + 1), "split": "test" if n < 4 else "train"} for n in range(12)]
+
+    def have(rows: list[dict[str, str]]) -> None:
+        (tmp_path / "data.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+    have(rows)
+    run_dir = killed_after_step_2(tmp_path / "run", *settings)
+    evals = (run_dir / "eval.json").read_bytes()
+    have([{"expr": "50+1", "result": "51", "split": "test"}, *rows[1:]])
+    with pytest.raises(UserError, match=r"^the held-out tasks are not those that the run began with \(task\.\*\), .*; bring .* back"):
+        run(run_dir, scripted := ScriptedParts(), *settings, resume=True)
+    assert (run_dir / "eval.json").read_bytes() == evals and scripted.calls == []
+    have(rows)
+    assert "going on after step 2" in run(run_dir, ScriptedParts(), *settings, resume=True)
+
+
+def test_a_run_that_begins_again_evaluates_again_before_it(tmp_path: Path) -> None:
+    """Nothing tells whether the policy and the held-out tasks are those of the evaluation that there is."""
+    with pytest.raises(RolloutError):
+        run(tmp_path / "run", ScriptedParts({"sync 1": RolloutError("killed")}))
+    scripted = ScriptedParts({"sync 1": [LearnerLost("x")]})
+    scripted.reward = lambda request: 0.5
+    run(tmp_path / "run", scripted, resume=True)
+    assert scripted.calls.count("collect eval-before") == 1  # a learner that is lost changes neither
+    assert json.loads((tmp_path / "run" / "eval.json").read_text())["before"]["accuracy"] == 0
+
+
 OTHER_POLICY = "the files of policy.path are not those that the run began with"
 
 
