@@ -108,8 +108,7 @@ class Run:
                 return self._summary(time.monotonic() - started)
             except LearnerLost as error:
                 self._num_lost += 1
-                loses_all = not config.checkpoint.every_steps and files.has_trained(self._dir) and not committed_steps(self._dir)
-                if loses_all or self._num_lost > config.train.max_learner_restarts:
+                if files.lost_without_checkpoint(self._dir, config) or self._num_lost > config.train.max_learner_restarts:
                     raise
                 self._say(f"{error}; starting the learner again ({self._num_lost} of {config.train.max_learner_restarts})")
                 self._goes_on = self._is_lost = True
@@ -147,7 +146,8 @@ class Run:
             stream.load_state_dict(state["stream"])
             self._totals, num_bytes = state["totals"], state.get("num_bytes", {})
         elif committed_steps(self._dir):
-            raise UserError(f"none of the checkpoints in {self._dir}/checkpoints is whole; to start from the beginning remove that folder")
+            where = self._dir / "checkpoints"
+            raise UserError(f"none of the checkpoints in {where} is whole; to begin again remove that folder and metrics.jsonl")
         parts.weights.sync(step)
         files.truncate_to(self._dir, step)
         evals = self._dir / "eval.json"
@@ -168,7 +168,7 @@ class Run:
                 batch, numbers = self._step(parts, stream, collector, trajectories, self._due(step - 1, heldout))
                 metrics.write(step, numbers)
                 self._tracker.log(step, numbers, batch)
-                if self._has_checkpoint(step):
+                if files.has_checkpoint(self._config, step):
                     ledger = stream.state_dict()  # here, where no other prompt can be admitted meanwhile
                     begin = partial(self._begin_checkpoint, parts, step, ledger, (trajectories, metrics))
                     collector.beside("a checkpoint's snapshot", begin)
@@ -177,13 +177,6 @@ class Run:
             collector.finish_loading()
             self._evaluate(parts, heldout, "after", stream.num_handed)
             self._store.rescore(stream.num_handed, self._evals["after"]["accuracy"])
-
-    def _has_checkpoint(self, step: int) -> bool:
-        """Those that are evaluated have one too, so that the best of them can stay."""
-        if not (every := self._config.checkpoint.every_steps):
-            return False
-        evaluated = self._config.eval.every_steps
-        return step % every == 0 or step == self._config.train.num_steps or bool(evaluated and step % evaluated == 0)
 
     def _due(self, step: int, heldout: list[Task]) -> list[EpisodeRequest]:
         """The episodes of the evaluation after this step; [] where none is scheduled."""

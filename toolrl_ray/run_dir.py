@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from io import BufferedRandom
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,6 +40,8 @@ MAY_DIFFER = re.compile(  # in a resumed run: where and how fast it runs, how lo
     r"|(checkpoint|tracking)\.\w+"
     r"|train\.(num_steps|max_learner_restarts)"
 )
+
+NO_CHECKPOINT = "the run has no checkpoint to go on from, and starting again there would lose its results; start a new run"
 
 _held: dict[Path, IO[str]] = {}  # the locks of this process, which end with it at the latest
 
@@ -72,8 +74,8 @@ def _free_name(name: str) -> str:
 def reopen(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Take the folder of a run that was interrupted; its saved configuration with the overrides on top, and this folder as run_dir.
 
-    Raises UserError when it is no run's folder, another process has it, the run is finished, or has results and never a checkpoint, or an
-    override changes what it learns.
+    Raises UserError when it is no run's folder, another process has it, the run is finished, or has results and no checkpoint where it
+    must have one, or an override changes what it learns.
     """
     run_dir = run_dir.expanduser().absolute()
     if not (run_dir / "config.yaml").is_file():
@@ -92,15 +94,35 @@ def reopen(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
         if finished(run_dir) and config.train.num_steps <= (num_steps := evaluations(run_dir)["after"].get("step", 0)):
             remedy = f"to go on longer set train.num_steps above {num_steps}" if committed_steps(run_dir) else "start a new run"
             raise UserError(f"--resume {str(run_dir)!r}: the run is finished; {remedy}")
-        if has_trained(run_dir) and not committed_steps(run_dir) and (finished(run_dir) or not saved.checkpoint.every_steps):
-            raise UserError(
-                f"--resume {str(run_dir)!r}: the run has no checkpoint to go on from, and starting again there would lose its results; "
-                "start a new run"
-            )
+        if finished(run_dir) and has_trained(run_dir) and not committed_steps(run_dir):
+            raise UserError(f"--resume {str(run_dir)!r}: {NO_CHECKPOINT}")
+        if lost := lost_without_checkpoint(run_dir, saved):
+            raise UserError(f"--resume {str(run_dir)!r}: {lost}")
     except BaseException:
         unlock(run_dir)
         raise
     return config
+
+
+def has_checkpoint(config: RunConfig, step: int) -> bool:
+    """Of a step that a run finishes: those that are evaluated have one too, so that the best of them can stay."""
+    if not (every := config.checkpoint.every_steps):
+        return False
+    evaluated = config.eval.every_steps
+    return step % every == 0 or step == config.train.num_steps or bool(evaluated and step % evaluated == 0)
+
+
+def lost_without_checkpoint(run_dir: Path, config: RunConfig) -> str:
+    """Why a run must not begin again, where its rows show that it has come further than it would without any checkpoint: it takes none, or
+    those that it had are gone. "" where it may. config: that by which the rows were written."""
+    if not has_trained(run_dir) or committed_steps(run_dir):
+        return ""
+    if not config.checkpoint.every_steps:
+        return NO_CHECKPOINT
+    last = last_step(run_dir)
+    if any(has_checkpoint(config, step) for step in range(1, last)):  # each is whole before the row of the step after it
+        return f"the run got to step {last} and had checkpoints, which are gone; bring {run_dir / 'checkpoints'} back, or start a new run"
+    return ""
 
 
 def finished(run_dir: Path) -> bool:
@@ -120,6 +142,12 @@ def has_trained(run_dir: Path) -> bool:
     return metrics.exists() and metrics.stat().st_size > 0
 
 
+def last_step(run_dir: Path) -> int:
+    """Of the metrics; 0 without any. Raises UserError where its last whole row is damaged."""
+    with (run_dir / "metrics.jsonl").open("rb") as file:
+        return next((step for _, step in _rows_from_end(file)), 0)
+
+
 def unlock(run_dir: Path) -> None:
     """Another may take the folder that `claim` or `reopen` took. Safe to call twice."""
     if file := _held.pop(run_dir, None):
@@ -131,14 +159,15 @@ def unlock(run_dir: Path) -> None:
 def truncate_to(run_dir: Path, step: int) -> None:
     """Forget what the run wrote after `step`, and an evaluation `after`. Whenever it is killed, calling it again completes it.
 
-    Raises UserError when what goes is damaged elsewhere than in a last line that was never finished, or `eval.json` is.
+    Raises UserError, before anything has changed, when what goes is damaged elsewhere than in a last line that was never finished, or
+    `eval.json` is.
     """
+    ends = {path: _end_of(path, step) for name in ("metrics.jsonl", "trajectories.jsonl") if (path := run_dir / name).exists()}
+    found = _evaluations(run_dir)
     for left in run_dir.glob("*.writing"):
         left.unlink()
-    for name in ("metrics.jsonl", "trajectories.jsonl"):
-        if (run_dir / name).exists():
-            _cut(run_dir / name, step)
-    found = _evaluations(run_dir)
+    for path, end in ends.items():
+        _cut(path, end)
     kept = {label: result for label, result in found.items() if result["step"] <= step and label != "after"}
     if kept != found:
         write_whole(run_dir / "eval.json", json.dumps(kept, indent=1) + "\n")
@@ -219,28 +248,34 @@ class _Row(msgspec.Struct):
     step: int
 
 
-def _cut(path: Path, step: int) -> None:
-    """In place, so that it needs no room on the disk. Rows are in the order of their steps: only those that go are read, from the end."""
+def _cut(path: Path, end: int) -> None:
+    """In place, so that it needs no room on the disk."""
     with path.open("rb+") as file:
-        end = _end_of(file, step) if path.stat().st_size else 0
         file.truncate(end)
         os.fsync(file.fileno())
 
 
-def _end_of(file: BufferedRandom, step: int) -> int:
-    """Where the last whole row of a step up to `step` ends."""
+def _end_of(path: Path, step: int) -> int:
+    """Where the last whole row of a step up to `step` ends. Rows are in the order of their steps: only those that go are read."""
+    with path.open("rb") as file:
+        return next((end for end, found in _rows_from_end(file) if found <= step), 0)
+
+
+def _rows_from_end(file: BufferedReader) -> Iterator[tuple[int, int]]:
+    """(where it ends, its step) of every whole row, the last one first."""
+    if not os.fstat(file.fileno()).st_size:
+        return
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as text:  # a private map, which every file system allows
         end = text.rfind(b"\n") + 1
         while end:
             start = text.rfind(b"\n", 0, end - 1) + 1
             try:
-                if msgspec.json.decode(text[start:end], type=_Row).step <= step:
-                    break
+                step = msgspec.json.decode(text[start:end], type=_Row).step
             except msgspec.DecodeError:
                 number = next(number for number, _ in enumerate(file, start=1) if file.tell() > start)
                 raise UserError(f"{file.name}, line {number}, is damaged; take it out and give the command again") from None
+            yield end, step
             end = start
-        return end
 
 
 def _evaluations(run_dir: Path) -> dict[str, Any]:

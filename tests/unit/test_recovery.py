@@ -99,6 +99,21 @@ def test_without_checkpoints_a_lost_learner_does_not_throw_away_the_steps_that_w
     assert [m["step"] for m in load_metrics(tmp_path / "third" / "metrics.jsonl")] == [1, 2]
 
 
+def test_a_lost_learner_does_not_throw_away_steps_whose_checkpoints_are_gone(tmp_path: Path) -> None:
+    scripted = ScriptedParts({"sync 4": [LearnerLost("learner rank 0 died in update")]})
+    note = scripted.note
+
+    def gone(call: str) -> None:
+        if call == "sync 4":
+            shutil.rmtree(tmp_path / "run" / "checkpoints")
+        note(call)
+
+    scripted.note = gone
+    with pytest.raises(LearnerLost):
+        run(tmp_path / "run", scripted)
+    assert [m["step"] for m in load_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
+
+
 def test_learners_lost_with_a_checkpoint_in_between_are_counted_apart(tmp_path: Path) -> None:
     def losing() -> ScriptedParts:
         return ScriptedParts({f"sync {step}": [LearnerLost("x")] for step in (2, 4)})
@@ -141,7 +156,7 @@ def test_where_every_checkpoint_is_damaged_nothing_is_thrown_away(tmp_path: Path
     for weights in run_dir.glob("checkpoints/*/weights.json"):
         weights.write_text("[]")
     before = outcome(run_dir)
-    with pytest.raises(UserError, match="none of the checkpoints in .* is whole; to start from the beginning remove that folder"):
+    with pytest.raises(UserError, match="none of the checkpoints in .* is whole; to begin again remove that folder and metrics"):
         run(run_dir, ScriptedParts(), resume=True)
     assert outcome(run_dir) == before and len(before["steps"]) == 4
 

@@ -251,6 +251,33 @@ def test_a_run_without_a_checkpoint_does_not_lose_its_results_by_going_on(tmp_pa
     assert (run_dir / "metrics.jsonl").read_text() == '{"step": 6}\n'
 
 
+@pytest.mark.parametrize(
+    ("settings", "num_steps", "is_refused"),
+    [
+        (["checkpoint.every_steps=4"], 4, False),  # that of step 4 was under way
+        (["checkpoint.every_steps=4"], 5, True),
+        (["checkpoint.every_steps=9", "eval.every_steps=2"], 2, False),
+        (["checkpoint.every_steps=9", "eval.every_steps=2"], 3, True),
+        (["checkpoint.every_steps=9", "train.num_steps=3"], 3, False),
+    ],
+)
+@pytest.mark.parametrize("remedy", ["checkpoints", "metrics.jsonl"])
+def test_a_run_whose_checkpoints_are_gone_does_not_lose_its_results_by_going_on(
+    tmp_path: Path, settings: list[str], num_steps: int, is_refused: bool, remedy: str
+) -> None:
+    run_dir = interrupted(tmp_path / "run", "train.num_steps=6", *settings)
+    trained(run_dir, num_steps=num_steps)
+    (run_dir / "checkpoints").mkdir()
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9')  # which was never finished
+    if is_refused:
+        told = f"the run got to step {num_steps} and had checkpoints, which are gone; bring {run_dir}/checkpoints back, or start a new run"
+        assert refusal(run_dir, "train.num_steps=9", "checkpoint.every_steps=100") == f"--resume {str(run_dir)!r}: {told}"
+        (run_dir / "metrics.jsonl").unlink() if remedy == "metrics.jsonl" else (run_dir / "checkpoints" / "step-000002").mkdir()
+    assert reopen(run_dir, ["train.num_steps=9", "checkpoint.every_steps=1"])
+    unlock(run_dir)
+
+
 FREE = [
     "learner.zero_stage=2", "learner.num_ranks=2", "learner.num_cpus=2", "learner.num_threads=2", "learner.max_microbatch_tokens=99",
     "learner.update_timeout_s=9", "weights.timeout_s=9", "train.stall_timeout_s=9", "episode.tool_deadline_s=1", "rollout.num_actors=2",
@@ -355,13 +382,14 @@ def test_wherever_a_file_was_cut_off_only_whole_lines_up_to_the_step_stay(steps:
 
 @pytest.mark.parametrize(("name", "where"), [("metrics.jsonl", ", line 2,"), ("trajectories.jsonl", ", line 3,"), ("eval.json", "")])
 @pytest.mark.parametrize("damage", ['"step:2', '"stop":2', '"step":"2"', '"step":2,"x":[1,2}'])
-def test_a_file_that_is_damaged_in_what_goes_is_one_line_and_stays_as_it_is(tmp_path: Path, name: str, where: str, damage: str) -> None:
+def test_a_file_that_is_damaged_in_what_goes_is_one_line_and_all_stay_as_is(tmp_path: Path, name: str, where: str, damage: str) -> None:
     trained(tmp_path, num_steps=3)
     content = (tmp_path / name).read_text().replace('"step":2', damage, 1).replace('"before":', '"before:', 1)
     (tmp_path / name).write_text(content)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=f"{name}{where} is damaged; "):
         truncate_to(tmp_path, 1)
-    assert (tmp_path / name).read_text() == content
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_forgetting_writes_nothing_so_that_it_needs_no_room_and_reads_only_what_goes(tmp_path: Path) -> None:
