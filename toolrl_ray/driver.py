@@ -95,16 +95,13 @@ class Run:
         assert parts.learner is not None and parts.weights is not None
         tasks, heldout = load_tasks(config.task)
         self._origin = origin.of_task_modules(config) | origin.of_heldout(heldout)  # as they were loaded, whatever becomes of their files
-        self._dir.mkdir(parents=True, exist_ok=True)
-        isolation = isolations(parts.rollout.tool_stats())
-        found = "".join(f"# {tool} runs untrusted code under {tier}\n" for tool, tier in isolation.items())
-        files.write_whole(self._dir / "config.yaml", found + dump(config))
         started = time.monotonic()
-        self._tracker = WandbTracker(config, self._dir, {"isolation": isolation})
-        self._say(self._tracker.note)
         while True:
             try:
-                self._train_from(parts, self._restored(parts, tasks), heldout)
+                stream = self._restored(parts, tasks)
+                if self._tracker is None:
+                    self._begin(isolations(parts.rollout.tool_stats()))
+                self._train_from(parts, stream, heldout)
                 return self._summary(time.monotonic() - started)
             except LearnerLost as error:
                 self._num_lost += 1
@@ -113,6 +110,14 @@ class Run:
                 self._say(f"{error}; starting the learner again ({self._num_lost} of {config.train.max_learner_restarts})")
                 self._goes_on = self._is_lost = True
                 self._saving = None
+
+    def _begin(self, isolation: dict[str, str]) -> None:
+        """What a run that is gone on with overwrites in its folder: only once nothing has refused to."""
+        self._dir.mkdir(parents=True, exist_ok=True)
+        found = "".join(f"# {tool} runs untrusted code under {tier}\n" for tool, tier in isolation.items())
+        files.write_whole(self._dir / "config.yaml", found + dump(self._config))
+        self._tracker = WandbTracker(self._config, self._dir, {"isolation": isolation})
+        self._say(self._tracker.note)
 
     def close_tracker(self) -> None:
         """Ends the W&B run, with every evaluation in its summary. Safe to call at any time, and twice."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.scripted_parts import ScriptedParts
-from toolrl_ray import checkpoint, recipe
+from toolrl_ray import checkpoint, driver, recipe
 from toolrl_ray.checkpoint import committed_steps
 from toolrl_ray.driver import Run
 from toolrl_ray.errors import LearnerLost, RolloutError, UserError
@@ -230,6 +230,10 @@ def reward(trajectory):
 """
 
 
+def contents(run_dir: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+
+
 def folder_of_weights(folder: Path) -> Path:
     folder.mkdir()
     (folder / "model-1.safetensors").write_bytes(bytes(5 * 2**20))
@@ -254,13 +258,14 @@ def test_a_run_whose_policy_or_task_module_is_another_now_is_not_gone_on_with(tm
     parts = f"task.parts={{a: {{module: toolrl_ray.tasks.calculator}}, b: {{module: {tmp_path}/part.py}}}}"
     settings += [parts] if "parts" in key else [f"task.module={tmp_path}/own.py"]
     run_dir = killed_after_step_2(tmp_path / "run", *settings)
-    rows = (run_dir / "metrics.jsonl").read_bytes()
+    before = contents(run_dir)
     unload(tmp_path)
     change(tmp_path)
     scripted = ScriptedParts()
-    with pytest.raises(UserError, match=f"the files of {key} are not those that the run began with"):
-        run(run_dir, scripted, *settings, resume=True)
-    assert (run_dir / "metrics.jsonl").read_bytes() == rows and scripted.calls == []
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=f"the files of {key} are not those that the run began with"):
+        patch.setattr(driver, "WandbTracker", lambda *_: pytest.fail("begun"))  # it has files in the folder, and a page
+        run(run_dir, scripted, *settings, "train.num_steps=50", "checkpoint.keep_last=1", resume=True)
+    assert contents(run_dir) == before and scripted.calls == []
 
 
 def test_a_run_whose_heldout_tasks_are_others_now_is_not_gone_on_with(tmp_path: Path) -> None:
@@ -273,11 +278,11 @@ def test_a_run_whose_heldout_tasks_are_others_now_is_not_gone_on_with(tmp_path: 
 
     have(rows)
     run_dir = killed_after_step_2(tmp_path / "run", *settings)
-    evals = (run_dir / "eval.json").read_bytes()
+    before = contents(run_dir)
     have([{"expr": "50+1", "result": "51", "split": "test"}, *rows[1:]])
     with pytest.raises(UserError, match=r"^the held-out tasks are not those that the run began with \(task\.\*\), .*; bring .* back"):
-        run(run_dir, scripted := ScriptedParts(), *settings, resume=True)
-    assert (run_dir / "eval.json").read_bytes() == evals and scripted.calls == []
+        run(run_dir, scripted := ScriptedParts(), *settings, "train.num_steps=50", resume=True)
+    assert contents(run_dir) == before and scripted.calls == []
     have(rows)
     assert "going on after step 2" in run(run_dir, ScriptedParts(), *settings, resume=True)
 
@@ -300,11 +305,11 @@ def test_a_run_whose_tiny_policy_was_made_anew_as_another_is_not_gone_on_with(tm
     made, other = (folder_of_weights(tmp_path / name) for name in ("tiny-1", "tiny-2"))
     run_dir = killed_after_step_2(tmp_path / "run", tiny=made)
     (other / "model-2.safetensors").write_bytes(b"21")
-    rows = (run_dir / "metrics.jsonl").read_bytes()
+    before = contents(run_dir)
     scripted = ScriptedParts()
     with pytest.raises(UserError, match=OTHER_POLICY):
         run(run_dir, scripted, resume=True, tiny=other)
-    assert (run_dir / "metrics.jsonl").read_bytes() == rows and scripted.calls == []
+    assert contents(run_dir) == before and scripted.calls == []
     shutil.copytree(made, tmp_path / "moved")  # as in another cache
     assert "going on after step 2" in run(run_dir, scripted, resume=True, tiny=tmp_path / "moved")
 
