@@ -6,8 +6,10 @@ import os
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from toolrl_ray.errors import LearnerError
 from toolrl_ray.learner.lora import write_adapter
 from toolrl_ray.pretrained import load_config
 
@@ -25,9 +27,29 @@ def write_policy(
     lm: gives the format; its own tensors are not read (under ZeRO-3 they are empty). weights: named as by `named_weights`.
     adapter: named as by `adapter_weights`; if there is one, it is written besides, into the folder `adapter`.
     policy_dir: where lm was loaded from; its configuration is kept, dropout rates included.
+    Raises LearnerError when it cannot be written; nothing of it is left then.
     """
     target = Path(directory)
     aside = target.with_name(f".{target.name}.writing")
+    try:
+        _write(lm, weights, adapter, aside, policy_dir, tokenizer_dir)
+        replaced = target.with_name(f".{target.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if target.exists():
+            os.rename(target, replaced)
+        os.rename(aside, target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise LearnerError(
+            f"the policy {target} could not be written ({type(error).__name__}: {' '.join(str(error).split())}); "
+            "its folder must be there for the learner, and have room"
+        ) from None
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _write(
+    lm: nn.Module, weights: dict[str, Tensor], adapter: dict[str, Tensor], aside: Path, policy_dir: str, tokenizer_dir: str
+) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     lm.save_pretrained(aside, state_dict=weights)
@@ -43,9 +65,3 @@ def write_policy(
                 shutil.copytree(path, aside / path.name)
             else:
                 shutil.copy2(path, aside / path.name)
-    replaced = target.with_name(f".{target.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if target.exists():
-        os.rename(target, replaced)
-    os.rename(aside, target)
-    shutil.rmtree(replaced, ignore_errors=True)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import resource
 
 import pytest
 import torch
@@ -314,3 +315,25 @@ def test_a_saved_policy_loads_with_the_same_logits_and_its_tokenizer(tmp_path, k
     assert loaded.config.architectures == AutoModelForCausalLM.from_pretrained(folder).config.architectures
     if kind == "gpt2":
         assert loaded.config.attn_pdrop == 0.1  # dropout is off in the learner only
+
+
+@pytest.mark.parametrize("error", ["SafetensorError", "NotADirectoryError"])
+def test_a_policy_that_cannot_be_written_is_one_line_and_leaves_the_one_before_and_nothing_else(tmp_path, error):
+    folder = save_model(tmp_path / "m", "tied")
+    x = learner(folder)
+    target = tmp_path / "out" / "policy"
+    x.save_policy(str(target), folder)
+    written = (target / "model.safetensors").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if error == "SafetensorError":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(written) - 1, limits[1]))  # as on a disk that is full: the weights do not fit
+    else:
+        target = tmp_path / "out" / "policy" / "config.json" / "policy"
+    try:
+        with pytest.raises(LearnerError, match=rf"^the policy {target} could not be written \({error}: .+\); .* have room$") as caught:
+            x.save_policy(str(target), folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["policy"]
+    assert (tmp_path / "out" / "policy" / "model.safetensors").read_bytes() == written
