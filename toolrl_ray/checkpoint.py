@@ -58,7 +58,7 @@ class CheckpointStore:
         """
         partial, final = self._partial(step), self._final(step)
         _seal(partial, step, score)
-        if final.exists():
+        if os.path.lexists(final):
             os.replace(final, replaced := self._folder / f".{final.name}.replaced")
             os.replace(partial, final)
             _sync(self._folder)
@@ -73,11 +73,7 @@ class CheckpointStore:
     def rescore(self, step: int, score: float) -> None:
         """The score of a checkpoint that was committed before it was known. Of a step that has none, or a damaged one, nothing."""
         final, aside = self._final(step), self._folder / f".step-{step:06d}.manifest"
-        try:
-            manifest = json.loads(text := (final / MANIFEST).read_text())
-            if text != _manifest_text(manifest):
-                return
-        except (OSError, ValueError, AttributeError):
+        if (manifest := _manifest_in(final)) is None:
             return
         aside.write_text(_manifest_text(manifest | {"score": _known(score)}))
         _sync(aside)
@@ -105,7 +101,7 @@ class CheckpointStore:
         """A checkpoint that was about to be replaced when the run was killed keeps its name."""
         for replaced in self._folder.glob(".step-*.replaced"):
             final = self._folder / replaced.name.removeprefix(".").removesuffix(".replaced")
-            if not final.exists():
+            if not os.path.lexists(final):
                 os.replace(replaced, final)
 
     def _prune(self, committed: int) -> None:
@@ -143,12 +139,7 @@ def _fault(folder: Path, step: int) -> str | None:
         return f"{MANIFEST} is missing"
     except (OSError, UnicodeDecodeError) as error:
         return f"{MANIFEST} cannot be read ({error})"
-    try:
-        manifest = json.loads(text)
-        whole = text == _manifest_text(manifest)
-    except (ValueError, AttributeError):
-        whole = False
-    if not whole:
+    if (manifest := _manifest(text)) is None:
         return f"{MANIFEST} was altered or cut off"
     if manifest["step"] != step:
         return f"{MANIFEST} is of step {manifest['step']}"
@@ -172,6 +163,25 @@ def _first_difference(found: dict[str, Path], files: dict[str, Any]) -> str | No
     return None
 
 
+def _manifest(text: str) -> dict[str, Any] | None:
+    """Of the file's text; None where it is not as `_seal` or `rescore` wrote it."""
+    try:
+        manifest = json.loads(text)
+        step, score, files = manifest["step"], manifest["score"], manifest["files"].values()
+        is_ours = isinstance(step, int) and isinstance(score, float | int | None)
+        is_ours &= all(isinstance(file["size"], int) and isinstance(file["sha256"], str) for file in files)
+        return manifest if is_ours and text == _manifest_text(manifest) else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _manifest_in(folder: Path) -> dict[str, Any] | None:
+    try:
+        return _manifest((folder / MANIFEST).read_text())
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
 def _manifest_text(manifest: dict[str, Any]) -> str:
     """One line per file, for people, and at the end a digest of the rest, so that the manifest vouches for itself too."""
     body = {key: value for key, value in manifest.items() if key != "sha256"}
@@ -180,10 +190,8 @@ def _manifest_text(manifest: dict[str, Any]) -> str:
 
 
 def _score(folder: Path) -> float | None:
-    try:
-        return json.loads((folder / MANIFEST).read_text())["score"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    manifest = _manifest_in(folder)
+    return manifest and _known(manifest["score"])
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -194,7 +202,7 @@ def _files(folder: Path) -> dict[str, Path]:
 
 def _remove(path: Path) -> None:
     """As far as it goes: on NFS a file that is still open somewhere stays, which must not end a run. `begin` tries again."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

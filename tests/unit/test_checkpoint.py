@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from toolrl_ray import checkpoint
 from toolrl_ray.checkpoint import CheckpointStore, committed_steps
 
 FILES = ("manifest.json", "ranks/rank-0/optimizer.bin", "run.json", "weights.bin")
@@ -64,6 +65,11 @@ def test_what_is_being_written_is_no_checkpoint_and_the_next_begin_removes_it(tm
     assert sorted(os.listdir(tmp_path / "checkpoints")) == [".step-000003.partial", "step-000001"]
 
 
+def signed(folder: Path, **manifest: object) -> None:
+    """A manifest whose own digest is right."""
+    (folder / "manifest.json").write_text(checkpoint._manifest_text(manifest))
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (lambda folder: os.truncate(folder / "weights.bin", 7), "weights.bin has 7 bytes, not "),
     "longer": (lambda folder: (folder / "run.json").write_text("{}\n"), "run.json has 3 bytes, not 2"),
@@ -76,6 +82,20 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no object": (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json was altered or cut off"),
     "no text": (lambda folder: (folder / "manifest.json").write_bytes(b"\xff"), "manifest.json cannot be read"),
     "of another step": (lambda folder: shutil.copytree(folder.parent / "step-000001", folder, dirs_exist_ok=True), "is of step 1"),
+    "too deep": (lambda folder: (folder / "manifest.json").write_text("[" * 100_000), "manifest.json was altered or cut off"),
+    "a signed one without a step": (lambda folder: signed(folder, score=None, files={}), "manifest.json was altered or cut off"),
+    "a signed one without files": (lambda folder: signed(folder, step=2, score=None), "manifest.json was altered or cut off"),
+    "a signed one of no files": (lambda folder: signed(folder, step=2, score=None, files=None), "manifest.json was altered or cut off"),
+    "a signed one of files of no size": (
+        lambda folder: signed(folder, step=2, score=None, files={"run.json": 2}),
+        "manifest.json was altered or cut off",
+    ),
+    "a signed one with a word as score": (
+        lambda folder: signed(folder, step=2, score="best", files={}),
+        "manifest.json was altered or cut off",
+    ),
+    "a file in its place": (lambda folder: (shutil.rmtree(folder), folder.write_text("x")), "manifest.json cannot be read"),
+    "a link in its place": (lambda folder: (shutil.rmtree(folder), folder.symlink_to("no")), "manifest.json is missing"),
     "a link to nowhere": (
         lambda folder: ((folder / "run.json").unlink(), (folder / "run.json").symlink_to("no")),
         "run.json cannot be read",
@@ -93,6 +113,18 @@ def test_one_that_differs_from_its_manifest_is_refused_by_name_and_the_one_befor
     said: list[str] = []
     assert newest_step(tmp_path, said) == 1
     assert len(said) == 1 and said[0].startswith(f"checkpoint {folder} is refused: ") and told in said[0]
+    store.rescore(2, 0.5)
+    assert mark(write(store, 2, mark="again")) == (2, "again")  # the run comes to that step once more
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-000001", "step-000002"] and newest_step(tmp_path) == 2
+
+
+def test_a_link_to_a_checkpoint_is_one_and_goes_when_the_step_is_done_again(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, 2)
+    write(store, 1).rename(tmp_path / "elsewhere")
+    (tmp_path / "checkpoints" / "step-000001").symlink_to(tmp_path / "elsewhere")
+    assert newest_step(tmp_path) == 1
+    write(store, 1, mark="again")
+    assert os.listdir(tmp_path / "checkpoints") == ["step-000001"] and mark(tmp_path / "elsewhere") == (1, "first")
 
 
 @settings(max_examples=60, deadline=None)
