@@ -86,7 +86,7 @@ class Run:
         self._tracker: WandbTracker | None = None
         self._origin: dict[str, str] = {}
         self._evals: dict[str, Any] = {}
-        self._tool_stats: dict[str, float] = {}  # after the step before
+        self._tool_stats: dict[str, float] = {}  # after the step before, with 0 for what an earlier process counted
         self._totals = {"episodes": 0.0, "tokens": 0.0, "rollout_s": 0.0}
 
     def train(self, parts: Parts) -> dict[str, Any]:
@@ -150,6 +150,7 @@ class Run:
             parts.learner.load_state(str(folder))
             stream.load_state_dict(state["stream"])
             self._totals, num_bytes = state["totals"], state.get("num_bytes", {})
+            self._tool_stats = dict.fromkeys(state.get("tool_stats", ()), 0.0)
         elif committed_steps(self._dir):
             where = self._dir / "checkpoints"
             raise UserError(f"none of the checkpoints in {where} is whole; to begin again remove that folder and metrics.jsonl")
@@ -167,7 +168,7 @@ class Run:
         with closing(TrajectoryWriter(self._dir)) as trajectories, closing(MetricsWriter(self._dir)) as metrics:
             if stream.num_handed == 0 and "before" not in self._evals:
                 self._evaluate(parts, heldout, "before", 0)
-            self._tool_stats = parts.rollout.tool_stats()
+            self._tool_stats |= parts.rollout.tool_stats()
             collector = Collector(parts.rollout, stream, config.train.stall_timeout_s, self._say)
             while (step := stream.num_handed + 1) <= config.train.num_steps:
                 batch, numbers = self._step(parts, stream, collector, trajectories, self._due(step - 1, heldout))
@@ -221,7 +222,7 @@ class Run:
         numbers = rollout_metrics(batch, rollout_s, stream.dropped_episodes) | learned | collector.load_numbers | stream.metrics()
         stats = parts.rollout.tool_stats()
         numbers |= tool_metrics(stats, self._tool_stats)
-        self._tool_stats = stats
+        self._tool_stats |= stats
         numbers |= {
             "rollout/eval_episodes": len(evaluated),
             "rollout/in_flight_episodes": parts.rollout.num_outstanding,
@@ -252,7 +253,7 @@ class Run:
         folder = self._store.begin(step)
         num_bytes = {file.path.name: file.sync() for file in written}
         state = {"stream": ledger, "totals": self._totals, "num_bytes": num_bytes, "origin": self._origin}
-        (folder / STATE).write_text(json.dumps(state))
+        (folder / STATE).write_text(json.dumps(state | {"tool_stats": list(self._tool_stats)}))
         with parts.weights.changing:  # a collective, as a sync is: all ranks must take the two in one order
             parts.learner.save_state(str(folder))
         self._saving = step

@@ -46,12 +46,13 @@ class ClientCounts:
 
 
 def tool_metrics(stats: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
-    """Metrics of a step from the counts after it and before it, which never fall: `tools/client/*` and `tools/NAME/service/*` since the
-    start, `tools/NAME/*` in the step."""
-    metrics = {f"tools/client/{key}": value for key, value in stats.items() if "/" not in key or key.startswith("status/")}
+    """Metrics of a step from the counts after it and before it, which never fall: `tools/client/*`, of all tools, and `tools/NAME/*` in the
+    step, those that are known from before alone too; `tools/NAME/service/*` as they are."""
+    counts = {key: before.get(key, 0) for key in (*before, *stats) if "/service/" not in key}
+    step = {key: stats.get(key, known) - known for key, known in counts.items()}
+    metrics = {f"tools/client/{key}": value for key, value in step.items() if "/" not in key or key.startswith("status/")}
     metrics |= {f"tools/{key}": value for key, value in stats.items() if "/service/" in key}
-    step = {key: value - before.get(key, 0) for key, value in stats.items()}
-    for tool in sorted({key.partition("/")[0] for key in stats if "/" in key} - {"status"}):
+    for tool in sorted({key.partition("/")[0] for key in step if "/" in key} - {"status"}):
         own = {key.removeprefix(f"{tool}/"): value for key, value in step.items() if key.startswith(f"{tool}/")}
         buckets = {int(key.rpartition("/")[2]): value for key, value in own.items() if key.startswith("latency_bucket/")}
         metrics |= {f"tools/{tool}/{key}": value for key, value in own.items() if key in ("calls", "retries") or key.startswith("status/")}

@@ -27,15 +27,15 @@ def test_percentiles_of_many_clients_come_from_their_sums():
     assert metrics["tools/T/latency_s_p95"] > 0.99
 
 
-def test_a_tools_metrics_are_of_the_step_and_the_clients_of_the_run():
+def test_a_tools_metrics_and_those_of_all_tools_are_of_the_step():
     before = counted(0.1, 0.1) + Counter({"T/cache_hits": 5, "T/cache_misses": 5, "T/retries": 1, "retries": 1, "requests": 2})
     after = before + counted(0.1, 0.1, 0.1) + Counter({"T/cache_hits": 3, "T/cache_misses": 1, "requests": 3})
     metrics = {key: value for key, value in tool_metrics(after, before).items() if "latency" not in key}
     assert metrics == {
-        "tools/client/calls": 5,
-        "tools/client/status/ok": 5,
-        "tools/client/requests": 5,
-        "tools/client/retries": 1,
+        "tools/client/calls": 3,
+        "tools/client/status/ok": 3,
+        "tools/client/requests": 3,
+        "tools/client/retries": 0,
         "tools/T/calls": 3,
         "tools/T/status/ok": 3,
         "tools/T/retries": 0,
@@ -64,6 +64,15 @@ def test_a_step_in_which_a_process_dies_is_silent_or_joins_counts_its_own_calls_
 def test_a_step_without_calls_has_no_percentiles_and_no_hit_rate():
     same = counted(0.1)
     assert set(tool_metrics(same, same)) == {"tools/client/calls", "tools/client/status/ok", "tools/T/calls", "tools/T/status/ok"}
+
+
+def test_what_an_earlier_process_counted_is_0_until_this_one_counts_it_too():
+    before = dict.fromkeys([*counted(0.1), "T/status/timeout", "status/timeout", "T/service/overdue"], 0) | Counter({"calls": 2})
+    metrics = tool_metrics(Counter({"calls": 5, "T/calls": 3}), before)
+    assert metrics == {
+        **{"tools/client/calls": 3, "tools/client/status/ok": 0, "tools/client/status/timeout": 0},
+        **{"tools/T/calls": 3, "tools/T/status/ok": 0, "tools/T/status/timeout": 0},
+    }
 
 
 def test_the_services_own_numbers_pass_through_and_tell_what_holds_untrusted_code():
