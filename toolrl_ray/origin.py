@@ -41,7 +41,10 @@ def _hub_snapshot(name: str) -> Path | None:
     """Where the files of a Hub name that were loaded last lie, by the local cache alone."""
     from huggingface_hub import try_to_load_from_cache
 
-    path = try_to_load_from_cache(name, "config.json")
+    try:
+        path = try_to_load_from_cache(name, "config.json")
+    except ValueError:  # it is none, but a folder that has gone
+        return None
     return Path(path).parent if isinstance(path, str) else None
 
 

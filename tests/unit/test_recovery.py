@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.scripted_parts import ScriptedParts
-from toolrl_ray import checkpoint, driver, recipe
+from toolrl_ray import checkpoint, driver, origin, recipe
 from toolrl_ray.checkpoint import committed_steps
 from toolrl_ray.driver import Run
 from toolrl_ray.errors import LearnerLost, RolloutError, UserError
@@ -312,6 +312,12 @@ def test_a_run_whose_tiny_policy_was_made_anew_as_another_is_not_gone_on_with(tm
     assert contents(run_dir) == before and scripted.calls == []
     shutil.copytree(made, tmp_path / "moved")  # as in another cache
     assert "going on after step 2" in run(run_dir, scripted, resume=True, tiny=tmp_path / "moved")
+
+
+@pytest.mark.parametrize("name", ["gone", "org/name"])
+def test_of_a_policy_that_is_not_here_nothing_is_known(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert origin.of_policy(str(tmp_path / name)) == origin.of_policy(name) == {}
 
 
 def test_a_run_whose_policy_has_new_weights_on_the_hub_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
