@@ -155,6 +155,7 @@ def run(command: str) -> int:
         ("tools mcp --address 127.0.0.1:9", ["no tools service at http://127.0.0.1:9"]),
         ("index build corpus.jsonl folder", ["'folder' exists already", "remove it first"]),
         ("index build none.jsonl new", ["no file 'none.jsonl'"]),
+        ("index build /proc/self/mem new", ["'/proc/self/mem' cannot be read (Input/output error)"]),
         ("index info folder", ["folder", "index"]),
     ],
 )

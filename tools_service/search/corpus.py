@@ -34,6 +34,13 @@ class Passage:
 
 def read_corpus(corpus: Path) -> Iterator[Passage]:
     """The passages of the file in order; blank lines are skipped, other keys are left out. Raises SearchError at the first bad line."""
+    try:
+        yield from _passages(corpus)
+    except OSError as error:
+        raise SearchError(f"{str(corpus)!r} cannot be read ({error.strerror}); a corpus is a file of JSON lines on this machine") from None
+
+
+def _passages(corpus: Path) -> Iterator[Passage]:
     if not corpus.is_file():
         raise SearchError(f"no file {str(corpus)!r}; a corpus is a file of JSON lines with id, text (or contents) and an optional title")
     end = 0

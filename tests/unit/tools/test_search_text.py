@@ -192,6 +192,13 @@ def test_a_missing_corpus_is_refused(tmp_path: Path) -> None:
         next(read_corpus(tmp_path / "none.jsonl"))
 
 
+def test_a_corpus_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(SearchError, match=r"^'/proc/self/mem' cannot be read \(Input/output error\); .*$"):
+        next(read_corpus(Path("/proc/self/mem")))
+    with pytest.raises(SearchError, match=r"^'.*' cannot be read \(File name too long\); .*$"):
+        next(read_corpus(tmp_path / ("n" * 256)))
+
+
 def java_home(folder: Path, version: str) -> Path:
     (folder / "lib" / "server").mkdir(parents=True)
     (folder / "lib" / "server" / "libjvm.so").touch()
