@@ -22,8 +22,8 @@ EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PIPE, EXIT_TERMINATED = 1, 130, 141, 143
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived: unwind as for Ctrl-C, so that nothing stays behind. Of its kind, so that no tool's call that it meets takes it
-    for an error of the tool. Where it meets a wait of Ray's, Ray raises a plain KeyboardInterrupt: hence `arrived`."""
+    """SIGTERM or SIGHUP arrived: unwind as for Ctrl-C, so that nothing stays behind. Of its kind, so that no tool's call that it meets
+    takes it for an error of the tool. Where it meets a wait of Ray's, Ray raises a plain KeyboardInterrupt: hence `arrived`."""
 
     arrived = False
 
@@ -61,6 +61,8 @@ def _run(arguments: list[str] | None) -> int:
         return _end(f"the working folder cannot be used ({error.strerror}); change to another one", EXIT_USER, error)
     Terminated.arrived = False
     signal.signal(signal.SIGTERM, _on_sigterm)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # by nohup
+        signal.signal(signal.SIGHUP, _on_sigterm)
     # To save a model, transformers imports DeepSpeed, which tells stdout where it finds no GPU.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     try:
@@ -105,6 +107,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def _on_sigterm(signum: int, frame: Any) -> None:
     Terminated.arrived = True
+    if signum == signal.SIGHUP:
+        signal.signal(signum, signal.SIG_IGN)  # a terminal that closes sends it twice: the shell's, and the kernel's after that
     raise Terminated
 
 

@@ -7,11 +7,12 @@ import io
 import json
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +29,8 @@ import os
 import signal
 import time
 
+from tools_service.protocol import ToolResult, ToolStatus
+
 
 def weekday(date: str, short: bool = False) -> str:
     """Names the weekday of a date.
@@ -43,10 +46,12 @@ def fails(x: str) -> str:
 
 
 class Killed:
-    name, description, idempotent = "Killed", "SIGTERM arrives in its call.", True
+    name, description, idempotent = "Killed", "The signal that it is called with arrives in its call.", True
 
     async def call(self, call):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.Signals[call.argument])
+        if signal.getsignal(signal.Signals[call.argument]) is signal.SIG_IGN:
+            return ToolResult(ToolStatus.OK, "ignored")
         await asyncio.sleep(60)
 
 
@@ -197,12 +202,35 @@ def test_a_call_that_fails_says_its_status_on_stderr(capsys: pytest.CaptureFixtu
     assert (written.out, written.err) == ("", "tool_error: division by zero\n")
 
 
-def test_sigterm_in_the_midst_of_a_call_ends_the_command(
-    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+@pytest.fixture
+def sighup() -> Iterator[None]:
+    """At the start of a command it is what the test makes it, as a shell or nohup does."""
+    before = signal.getsignal(signal.SIGHUP)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("sent", ["SIGTERM", "SIGHUP"])
+def test_a_signal_in_the_midst_of_a_call_ends_the_command(
+    sent: str, sighup: None, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert run("tools call Killed x --local --config Killed.yaml") == 143
+    signal.signal(signal.SIGHUP, lambda *_: pytest.fail("not taken up"))
+    assert run(f"tools call Killed {sent} --local --config Killed.yaml") == 143
     gc.collect()  # a task of which nobody has seen the end logs it then
     assert (capsys.readouterr().err, caplog.text) == ("toolrl: terminated\n", "")
+
+
+def test_sighup_in_the_midst_of_a_file_leaves_nothing_beside_the_old_output(folder: Path, sighup: None) -> None:
+    signal.signal(signal.SIGHUP, lambda *_: pytest.fail("not taken up"))
+    (folder / "hup.jsonl").write_text('{"argument": "SIGHUP"}\n')
+    assert run("tools call Killed --jsonl hup.jsonl --out folder/out --local --config Killed.yaml") == 143
+    assert list((folder / "folder").iterdir()) == []
+
+
+def test_a_command_under_nohup_does_not_end_with_its_terminal(sighup: None, capsys: pytest.CaptureFixture[str]) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert run("tools call Killed SIGHUP --local --config Killed.yaml") == 0
+    assert capsys.readouterr().out == "ignored\n"
 
 
 def test_the_argument_may_come_from_stdin(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
