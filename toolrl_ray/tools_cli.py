@@ -146,6 +146,10 @@ def _call_file(options: argparse.Namespace, source: Path, out: Path) -> int:
     from toolrl_ray.tools.many_calls import call_file, count_rows
 
     target = Path(os.path.realpath(out))
+    try:
+        out.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise UserError(f"--out={str(out)!r} cannot be written: {error.strerror}") from None
     if out.is_dir() or not target.parent.is_dir():
         raise UserError(f"--out={str(out)!r} " + ("is a folder; name a file in it" if out.is_dir() else "is in no folder; make it first"))
     if target.is_symlink() or (out.exists() and not out.is_file()):

@@ -126,6 +126,7 @@ def run(command: str) -> int:
         ("tools call SimpleCalculatorTool --jsonl in.jsonl --out to_pipe --local", ["--out='to_pipe'", "a device, a pipe"]),
         ("tools call SimpleCalculatorTool --jsonl in.jsonl --out loop --local", ["--out='loop'", "a device, a pipe"]),
         ("tools call SimpleCalculatorTool --jsonl in.jsonl --out to_nowhere --local", ["--out='to_nowhere'", "make it first"]),
+        (f"tools call SimpleCalculatorTool --jsonl in.jsonl --out {'n' * 256} --local", ["cannot be written: File name too long"]),
         ("tools call SimpleCalculatorTool 1 --local --address x", ["--local contradicts --address"]),
         ("tools call SimpleCalculatorTool 1 --config own.yaml", ["--config='own.yaml'", "--local", "--address"]),
         ("tools call SimpleCalculatorTool 1 --address ftp://x", ["--address='ftp://x'", "http://127.0.0.1:8000"]),

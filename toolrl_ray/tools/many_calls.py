@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import time
+import uuid
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
@@ -40,7 +42,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 def _row(line: bytes, where: str) -> Row:
     try:
-        row = json.loads(line.strip().decode("utf-8-sig"))
+        row = json.loads(line.strip().decode("utf-8-sig"), parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as error:
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
         raise UserError(f'{where}: not JSON ({reason}); write one object a line, as {{"argument": "1+1"}}') from None
@@ -50,6 +52,13 @@ def _row(line: bytes, where: str) -> Row:
         wrong = f"argument={json.dumps(row['argument'])[:60]} is no string" if "argument" in row else f'no "argument" among {list(row)[:9]}'
         raise UserError(f'{where}: {wrong}; write it as {{"argument": "1+1"}}')
     return row
+
+
+def _finite(text: str) -> float:
+    """What could not be written again as JSON is refused, though 1e400 is a number of its own right."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:40]} is no number that a float can hold")
+    return value
 
 
 def count_rows(path: Path) -> int:
@@ -126,14 +135,14 @@ async def _answered(call: Call, calls: list[ToolCall], window: Window) -> list[T
 
 async def call_file(call: Call, tool: str, source: Path, out: Path, deadline_s: float, tick: Callable[[], Any]) -> Counter[ToolStatus]:
     """Every row of `source` with the result's fields to `out`, in the same order; written aside and renamed whole, or not at all. A
-    link stays, and what it leads to is written.
+    link stays, and what it leads to is written. Of several at once that name the same `out`, the last to end leaves its own.
 
     tick: called after every row. The rows must have been looked at by `count_rows`.
     """
     target = Path(os.path.realpath(out))
-    aside = target.with_name(f".{target.name}.writing")
+    aside = target.with_name(f".{uuid.uuid4().hex}.writing")  # not by the name of `out`, which others may write and may be long
     try:
-        with aside.open("wb") as file:
+        with aside.open("xb") as file:
 
             def write(row: Row, result: ToolResult) -> None:
                 line = json.dumps({**row, **result_fields(result)}, ensure_ascii=False)
@@ -146,7 +155,7 @@ async def call_file(call: Call, tool: str, source: Path, out: Path, deadline_s: 
     except OSError as error:
         raise UserError(f"{str(out)!r} cannot be written: {error.strerror}") from None
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             aside.unlink()
 
 

@@ -147,6 +147,37 @@ async def test_a_failure_in_mid_file_leaves_the_old_output_and_nothing_beside_it
     assert out.read_text() == "old" and sorted(tmp_path.iterdir()) == [source, out]
 
 
+async def test_two_that_name_the_same_output_do_not_touch_each_others(tmp_path: Path) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"argument": "1"}\n' * 100)
+    under_way, go = asyncio.Event(), asyncio.Event()
+
+    async def slow(calls: Sequence[ToolCall]) -> list[ToolResult]:
+        under_way.set()
+        await go.wait()
+        return [ToolResult(ToolStatus.OK, "slow") for _ in calls]
+
+    async def written() -> set[str]:
+        rows = list(read_rows(out))
+        assert len(rows) == 100 and len(list(tmp_path.iterdir())) == (2 if go.is_set() else 3)
+        return {row["text"] for row in rows}
+
+    first = asyncio.ensure_future(call_file(slow, "Echo", source, out, 10.0, lambda: None))
+    await under_way.wait()
+    await call_file(Echo(), "Echo", source, out, 10.0, lambda: None)
+    assert await written() == {"1"}
+    go.set()
+    await first
+    assert await written() == {"slow"}
+
+
+async def test_the_output_may_have_the_longest_name_that_there_is(tmp_path: Path) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / ("n" * 255)
+    source.write_text('{"argument": "1"}\n')
+    await call_file(Echo(), "Echo", source, out, 10.0, lambda: None)
+    assert len(list(read_rows(out))) == 1
+
+
 @pytest.mark.parametrize(
     ("text", "line", "part"),
     [
@@ -157,6 +188,9 @@ async def test_a_failure_in_mid_file_leaves_the_old_output_and_nothing_beside_it
         ('{"argument": "1"}\n{"argument": "1"\n', 2, "not JSON"),
         ("[" * 100_000, 1, "not JSON"),
         ('{"argument": "1"}\n\udcff\n', 2, "not JSON"),
+        ('{"argument": "1", "x": [1e400]}\n', 1, "not JSON (1e400 is no number that a float can hold)"),
+        ('{"argument": "1", "x": NaN}\n', 1, "not JSON (NaN is no number that a float can hold)"),
+        ('{"argument": "1", "x": -Infinity}\n', 1, "not JSON (-Infinity is no number that a float can hold)"),
     ],
 )
 def test_a_bad_line_is_named_by_its_number(tmp_path: Path, text: str, line: int, part: str) -> None:
