@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 GATEWAY = "http"  # the deployment behind Serve's HTTP proxy, so no tool's name
 MAX_OUTPUT_CHARS = 100_000
+MAX_ARGUMENT_CHARS = 2**20  # of a call, and of those that share a request; it fits a body over HTTP, whatever is escaped in it
 MAX_MESSAGE_CHARS = 500
 
 Factory = Callable[[], Tool | AsyncTool]
@@ -107,6 +108,12 @@ def failed(name: str, argument: str, error: BaseException, latency_s: float = 0.
 def not_text(name: str, argument: str, output: object, latency_s: float = 0.0) -> ToolResult:
     logger.warning("tool %s returned %s instead of text on %.200r", name, type(output).__name__, argument)
     return ToolResult(ToolStatus.TOOL_ERROR, f"the tool returned {type(output).__name__} instead of text", latency_s)
+
+
+def too_long(argument: str) -> ToolResult:
+    """Of an argument beyond MAX_ARGUMENT_CHARS."""
+    text = f"the argument has {len(argument):,} characters; {MAX_ARGUMENT_CHARS:,} at most"
+    return ToolResult(ToolStatus.BAD_ARGUMENTS, text)
 
 
 def unknown_tool(name: str, known: Iterable[str]) -> ToolResult:

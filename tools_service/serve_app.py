@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SERVE_ENV = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",  # the flag above would give the first deployment an HTTP server of its own
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),  # the answers of a batch pass 4 MiB, the default
 }
 os.environ.update(SERVE_ENV)
 

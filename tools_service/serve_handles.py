@@ -87,7 +87,7 @@ class _Session:
 
 
 class ToolHandles:
-    """For one event loop. Every failure of Ray or Serve is a TransportError that names its class. Construction does no I/O."""
+    """For one event loop. Every failure on the way is a TransportError that names its class. Construction does no I/O."""
 
     def __init__(self, app_name: str):
         import tools_service.serve_app  # noqa: F401  sets the Serve flags of this process before ray.serve is imported
@@ -163,7 +163,7 @@ class ToolHandles:
 
         try:
             handle = await self._handle(tool)
-        except (RayError, RayServeException, KeyError) as error:  # KeyError: there is no such application, or not yet
+        except Exception as error:  # a KeyError where there is no such application, or not yet
             raise TransportError(type(error).__name__, not_started=True) from error
         if home is not None:
             handle = handle.options(session_id=home)
@@ -176,6 +176,9 @@ class ToolHandles:
         except DeploymentUnavailableError as error:
             raise TransportError(type(error).__name__, not_started=True) from error
         except (RayError, RayServeException) as error:
+            raise TransportError(type(error).__name__) from error
+        except Exception as error:  # of gRPC for one, a message beyond its limit
+            logger.warning("a request to tool %s failed on its way", tool, exc_info=True)
             raise TransportError(type(error).__name__) from error
 
     async def _handle(self, tool: str) -> Any:

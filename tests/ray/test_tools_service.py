@@ -24,7 +24,7 @@ TIMEOUT_S = 60
 
 def _scripted():
     """Tools made here, so that they travel by value: the calculator, and one that names its process when asked "pid". Both take
-    "hang F", which adds a dot to the file F.ran and waits until the file F is there."""
+    "hang F", which adds a dot to the file F.ran and waits until the file F is there. "loud" has the calculator answer at length."""
     import os
     import threading
     from pathlib import Path
@@ -41,6 +41,8 @@ def _scripted():
 
     class Calculator(SimpleCalculatorTool):
         def __call__(self, argument):
+            if argument == "loud":
+                return "y" * 100_000
             return hang(argument) if argument.startswith("hang ") else super().__call__(argument)
 
     class Scripted:
@@ -122,6 +124,19 @@ def test_waiting_calls_share_requests_and_keep_their_order(caller):
     assert [r.text for r in results] == [str(n + 1) for n in range(500)]
     assert after["requests"] - before["requests"] == 8  # of at most 64 calls
     assert after["coalesced_calls"] - before["coalesced_calls"] == 500
+
+
+def test_the_long_answers_of_a_shared_request_arrive(caller):
+    before = ray.get(caller.stats.remote(), timeout=TIMEOUT_S)
+    results = ask(caller, *[(CALCULATOR, "loud")] * 64)
+    after = ray.get(caller.stats.remote(), timeout=TIMEOUT_S)
+    assert {(r.status, len(r.text)) for r in results} == {(ToolStatus.OK, 100_000)}
+    assert (after["coalesced_calls"] - before["coalesced_calls"], after["retries"] - before["retries"]) == (64, 0)
+
+
+def test_an_argument_that_is_too_long_is_refused_by_name(caller):
+    refused, answered = ask(caller, ("Scripted", "#" * 5 * 2**20), ("Scripted", "echo"))
+    assert (refused.status, answered.text) == (ToolStatus.BAD_ARGUMENTS, "echo")
 
 
 def test_the_throughput_flag_is_set_in_the_replicas_and_the_controller(caller):

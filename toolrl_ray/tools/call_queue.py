@@ -5,7 +5,7 @@
                +-- again ----+   batch broken up, or transport failed and the call may run again
 
 - A call that finds a slot free is sent in the same turn of the event loop, with those that arrived in that turn. Only calls
-  that would have to wait share a request, up to the tool's `max_batch`.
+  that would have to wait share a request, up to the tool's `max_batch` and to MAX_ARGUMENT_CHARS in all.
 - A request whose callers have all gone is cancelled.
 - What must run again runs alone, in slots of its own: a call that stalls or kills its replica takes no other call with it.
 - A call of a session of a stateful tool travels alone and is never run again.
@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from tools_service.protocol import ToolCall, ToolResult, ToolStatus
-from tools_service.runner import ToolInfo
+from tools_service.runner import MAX_ARGUMENT_CHARS, ToolInfo
 from tools_service.serve_handles import MAX_TRIES, TransportError, backoff_s
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,12 @@ class CallQueue:
 
     def _fill(self, waiting: dict[PendingCall, None], size: int, slots: int) -> None:
         while waiting and self._in_flight[size > 1] < slots:
-            batch = list(itertools.islice(waiting, size))
+            batch, room = [], MAX_ARGUMENT_CHARS
+            for item in itertools.islice(waiting, size):
+                room -= len(item.call.argument)
+                if batch and room < 0:
+                    break
+                batch.append(item)
             for item in batch:
                 del waiting[item]
             self._in_flight[size > 1] += 1

@@ -13,7 +13,7 @@ from dataclasses import replace
 from toolrl_ray.tools.call_queue import CallQueue, PendingCall, Transport
 from toolrl_ray.tools.stats import count_call
 from tools_service.protocol import ToolCall, ToolResult, ToolStatus
-from tools_service.runner import ToolInfo, unknown_tool
+from tools_service.runner import MAX_ARGUMENT_CHARS, ToolInfo, too_long, unknown_tool
 
 START_POLL_S = 0.2
 
@@ -53,6 +53,8 @@ class Dispatcher:
     async def _answer(self, queue: CallQueue, call: ToolCall, loop: asyncio.AbstractEventLoop) -> ToolResult:
         if call.deadline_s <= 0:
             return ToolResult(ToolStatus.TIMEOUT, "the deadline had passed before the call")
+        if len(call.argument) > MAX_ARGUMENT_CHARS:
+            return too_long(call.argument)
         if queue.is_full(self._max_queued):
             return ToolResult(ToolStatus.OVERLOADED, f"{self._max_queued} calls are waiting already")
         item = PendingCall(call, loop.time() + call.deadline_s, loop.create_future())

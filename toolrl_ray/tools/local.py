@@ -14,7 +14,7 @@ from toolrl_ray.tools.stats import count_call
 from tools_service import runner
 from tools_service.executor import Executor
 from tools_service.protocol import ToolCall, ToolResult, ToolStatus
-from tools_service.runner import Factory, ToolInfo, unknown_tool
+from tools_service.runner import MAX_ARGUMENT_CHARS, Factory, ToolInfo, too_long, unknown_tool
 
 CLOSE_TIMEOUT_S = 10.0
 
@@ -59,6 +59,8 @@ class LocalTools:
         return result
 
     async def _run(self, call: ToolCall) -> ToolResult:
+        if len(call.argument) > MAX_ARGUMENT_CHARS:
+            return too_long(call.argument)
         executor = self._executors.get(call.tool)
         if executor is None:
             try:

@@ -14,8 +14,9 @@ from toolrl_ray.tools.dispatch import Dispatcher
 from toolrl_ray.tools.local import LocalTools
 from tools_service import serve_handles
 from tools_service.protocol import ToolCall, ToolResult, ToolStatus
-from tools_service.runner import ToolInfo
+from tools_service.runner import MAX_ARGUMENT_CHARS, ToolInfo
 
+TOO_LONG = "the argument has 1,048,577 characters; 1,048,576 at most"
 OK, TIMEOUT, OVERLOADED, UNAVAILABLE = ToolStatus.OK, ToolStatus.TIMEOUT, ToolStatus.OVERLOADED, ToolStatus.UNAVAILABLE
 
 
@@ -123,6 +124,26 @@ def test_calls_that_would_wait_share_requests_up_to_the_tools_limit():
             "calls": 25, "requests": 7, "coalesced_requests": 6, "coalesced_calls": 24, "broken_batches": 0, "retries": 0, "status/ok": 25,
             "t/calls": 25, "t/status/ok": 25,
         }  # fmt: skip
+
+    run(scenario)
+
+
+def test_calls_share_requests_up_to_so_many_characters():
+    async def scenario(dispatcher, transport):
+        await dispatcher.connect()
+        longest, half = "x" * MAX_ARGUMENT_CHARS, "y" * (MAX_ARGUMENT_CHARS // 2)
+        arguments = [longest, half, half, "z", longest]
+        assert [r.text for r in await ask(dispatcher, *arguments)] == arguments
+        assert transport.sent == [[longest], [half, half], ["z"], [longest]]
+
+    run(scenario)
+
+
+def test_an_argument_that_is_too_long_is_refused_without_a_request():
+    async def scenario(dispatcher, transport):
+        refused, answered = await ask(dispatcher, "x" * (MAX_ARGUMENT_CHARS + 1), "a")
+        assert (refused.status, refused.text) == (ToolStatus.BAD_ARGUMENTS, TOO_LONG)
+        assert answered.status is OK and transport.sent == [["a"]]
 
     run(scenario)
 
@@ -331,6 +352,7 @@ def test_local_tools_answer_like_the_service():
     async def scenario():
         tools = LocalTools(ToolsConfig())
         calls = [("SimpleCalculatorTool", "13.1-3"), ("SimpleCalculatorTool", "1/0"), ("SimpleCalculatorTool", "?"), ("Wiki", "x")]
+        calls.append(("SimpleCalculatorTool", "1" * (MAX_ARGUMENT_CHARS + 1)))
         return [await tools(ToolCall(*call)) for call in calls], tools.stats()
 
     results, stats = asyncio.run(scenario())
@@ -339,8 +361,9 @@ def test_local_tools_answer_like_the_service():
         (ToolStatus.TOOL_ERROR, "division by zero"),
         (ToolStatus.BAD_ARGUMENTS, "unexpected character '?'"),
         (ToolStatus.UNKNOWN_TOOL, "no tool 'Wiki'; tools: SimpleCalculatorTool"),
+        (ToolStatus.BAD_ARGUMENTS, TOO_LONG),
     ]
-    assert stats["calls"] == 4 and stats["status/ok"] == 1
+    assert stats["calls"] == 5 and stats["status/ok"] == 1
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from tools_service import serve_handles
 from tools_service.protocol import ToolCall, ToolResult, ToolStatus
-from tools_service.serve_handles import ToolHandles
+from tools_service.serve_handles import ToolHandles, TransportError
 
 
 class Method:
@@ -15,8 +17,8 @@ class Method:
 
 
 class Replica:
-    """Serve's handle of one tool that runs in one replica: holds sessions, runs "slow" until `go`, ends none before `go`, and opens one
-    once it is `ready`."""
+    """Serve's handle of one tool that runs in one replica: holds sessions, runs "slow" until `go`, raises at "break", ends none before
+    `go`, and opens one once it is `ready`."""
 
     def __init__(self):
         self.sessions: dict[str, int] = {}  # -> calls
@@ -40,6 +42,8 @@ class Replica:
         self.deadlines_s.append(call.deadline_s)
         if call.argument == "slow":
             await self.go.wait()
+        if call.argument == "break":
+            raise ValueError("a defect on the way")
         if call.session not in self.sessions:
             return [None]
         self.sessions[call.session] += 1
@@ -125,3 +129,10 @@ async def test_a_session_that_is_ended_as_it_opens_ends_also_where_its_first_cal
     replica.go.set()
     await handles.close()
     assert replica.sessions == {}
+
+
+async def test_whatever_a_request_fails_with_is_a_transport_error_that_names_it():
+    handles = handles_of(Replica())
+    with pytest.raises(TransportError) as failed:
+        await handles.send("Notebook", [ToolCall("Notebook", "break")])
+    assert (failed.value.reason, failed.value.not_started) == ("ValueError", False)
