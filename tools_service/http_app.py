@@ -19,10 +19,10 @@ from starlette.convertors import Convertor, register_url_convertor
 from starlette.routing import Route
 
 from tools_service.adapters import argument_text, result_fields
-from tools_service.http_guard import MAX_BODY_BYTES, guard
+from tools_service.http_guard import BODY_S, MAX_BODY_BYTES, guard
 from tools_service.mcp_server import HttpFace
 from tools_service.protocol import ToolCall, ToolError, ToolResult, ToolStatus
-from tools_service.runner import ToolInfo
+from tools_service.runner import MAX_ARGUMENT_CHARS, ToolInfo
 
 Call = Callable[[list[ToolCall]], Awaitable[list[ToolResult]]]
 
@@ -60,8 +60,14 @@ class Arguments(BaseModel):
         json_schema_extra={"oneOf": [{"required": ["argument"]}, {"required": ["arguments"]}]},
     )
 
-    argument: str = Field(default_factory=str, description="The tool's input as text; of a tool with several parameters a JSON object.")
-    arguments: dict[str, Any] = Field(default_factory=dict, description="The tool's input by the names of its `parameters`.")
+    argument: str = Field(
+        default_factory=str,
+        description="The tool's input as text; of a tool with several parameters a JSON object. Beyond "
+        f"{MAX_ARGUMENT_CHARS} characters the answer is `bad_arguments`.",
+    )
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="The tool's input by the names of its `parameters`; as text it is bounded as `argument` is."
+    )
     deadline_s: float = Field(10.0, gt=0, le=MAX_DEADLINE_S, description="Seconds after which the answer is `timeout`.")
     session: str | None = Field(
         None, min_length=1, max_length=MAX_SESSION_CHARS, description="Calls with the same session find what the ones before left."
@@ -144,7 +150,13 @@ def _refusals(reasons: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
 
 
 EVERYWHERE = _refusals({403: "A web page of another origin asks", 421: "Another host is meant"})
-WITH_BODY = _refusals({413: f"The body is larger than {MAX_BODY_BYTES} bytes", 422: "The body is not what is described here"})
+WITH_BODY = _refusals(
+    {
+        408: f"The body did not arrive within {BODY_S:g} s",
+        413: f"The body is larger than {MAX_BODY_BYTES} bytes",
+        422: "The body is not what is described here",
+    }
+)
 RETRY_AFTER = {"Retry-After": {"description": "Seconds", "schema": {"type": "string"}}}
 OF_ONE_CALL: dict[int | str, dict[str, Any]] = {
     404: {"model": Result, "description": "No tool has this name; `text` lists those that there are"},

@@ -6,8 +6,10 @@ point there (DNS rebinding): requests that arrive at a loopback address must nam
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import socket
+import time
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,8 +24,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tools_service.adapters import valid_text
+from tools_service.gateway import ARRIVED
 
 MAX_BODY_BYTES = 8 * 2**20
+BODY_S = 10.0  # in which a body has to arrive: until then it holds a place that other requests wait for
 
 
 class _StrictRequest(Request):
@@ -62,7 +66,7 @@ def guard(app: FastAPI) -> None:
 
 
 class _Guard:
-    """Refuses what no route should see: bodies beyond MAX_BODY_BYTES, and what a web page of elsewhere may have sent."""
+    """Refuses what no route should see: bodies beyond MAX_BODY_BYTES or BODY_S, and what a web page of elsewhere may have sent."""
 
     def __init__(self, app: ASGIApp):
         self._app = app
@@ -70,6 +74,7 @@ class _Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        ARRIVED.set(time.perf_counter())
         headers = Headers(scope=scope)
         if (refusal := _foreign(scope, headers)) is not None:
             return await refusal(scope, receive, send)
@@ -77,21 +82,34 @@ class _Guard:
         length = headers.get("content-length", "")
         if length.isdecimal() and len(length) < 20 and int(length) > MAX_BODY_BYTES:
             return await too_large(scope, receive, send)
-        body, more = bytearray(), True
-        while more:
-            message = await receive()
-            if message["type"] != "http.request":
-                return  # the client has gone
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > MAX_BODY_BYTES:
-                return await too_large(scope, receive, send)
+        try:
+            async with asyncio.timeout(BODY_S):
+                body = await _body(receive)
+        except TimeoutError:
+            late = _refuse(408, f"the body did not arrive within {BODY_S:g} s", {"Connection": "close"})
+            return await late(scope, receive, send)
+        if body is None:
+            return
+        if len(body) > MAX_BODY_BYTES:
+            return await too_large(scope, receive, send)
         whole: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def replay() -> Message:
             return whole.pop() if whole else await receive()
 
         await self._app(scope, replay, send)
+
+
+async def _body(receive: Receive) -> bytearray | None:
+    """As far as the message that takes it beyond MAX_BODY_BYTES. None: the client has gone."""
+    body, more = bytearray(), True
+    while more and len(body) <= MAX_BODY_BYTES:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    return body
 
 
 def _foreign(scope: Scope, headers: Headers) -> JSONResponse | None:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from tools_service.gateway import HTTP_IN_FLIGHT
 from tools_service.runner import GATEWAY, Factory, tool_factories
 from tools_service.serve_replica import END_OF_REASON, START_FAILED, HttpDeployment, ToolDeployment
 
@@ -29,7 +30,6 @@ SERVE_ENV = {
 os.environ.update(SERVE_ENV)
 
 DEFAULT_APP = "tools"
-HTTP_IN_FLIGHT = 1000  # requests
 HTTP_QUEUED = 4096  # more of them, in the proxy: what comes at once passes through here too. As many as wait for a pool; the rest is 503
 HTTP_RETRY_AFTER_S = 1
 POLL_S = 0.1

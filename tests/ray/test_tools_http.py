@@ -58,7 +58,13 @@ def _scripted():
         async def end_session(self, session):
             self.pages.pop(session, None)
 
-    return {CALCULATOR: builtin_tools()[CALCULATOR], "Adder": Adder, "Notebook": Notebook}
+    class Loud:
+        name, description, idempotent, max_batch = "Loud", "Answers at length.", True, 64
+
+        def __call__(self, argument):
+            return "\U0001d54f" * 100_000
+
+    return {CALCULATOR: builtin_tools()[CALCULATOR], "Adder": Adder, "Notebook": Notebook, "Loud": Loud}
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +99,7 @@ def test_tools_are_called_by_text_and_by_their_parameters(client):
     assert ended(client.post("/v1/tools/Adder/call", json={"arguments": {"a": 1, "b": 2}})) == ("ok", "3")
     assert ended(client.post("/v1/tools/Adder/call", json={"arguments": {"a": "1"}}))[0] == "bad_arguments"
     answer = client.post("/v1/tools/Wiki/call", json={"argument": "x"})
-    assert (answer.status_code, ended(answer)) == (404, ("unknown_tool", f"no tool 'Wiki'; tools: {CALCULATOR}, Adder, Notebook"))
+    assert (answer.status_code, ended(answer)) == (404, ("unknown_tool", f"no tool 'Wiki'; tools: {CALCULATOR}, Adder, Notebook, Loud"))
 
 
 def test_a_batch_is_answered_in_order(client):
@@ -103,9 +109,19 @@ def test_a_batch_is_answered_in_order(client):
     assert results[300]["status"] == "unknown_tool"
 
 
+def test_long_arguments_and_answers_cost_no_other_call_its_answer(client):
+    calls = [{"tool": "Notebook", "argument": "a", "session": "long"}, {"tool": CALCULATOR, "argument": "1" * 5 * 2**20}]
+    noted, refused = client.post("/v1/call", json={"calls": calls}).json()["results"]
+    assert (noted["status"], refused["status"]) == ("ok", "bad_arguments")
+    calls = [{"tool": CALCULATOR, "argument": "1" * 70_000}] * 64 + [{"tool": "Loud", "argument": "", "deadline_s": TIMEOUT_S}] * 64
+    results = client.post("/v1/call", json={"calls": calls}).json()["results"]
+    assert {(result["status"], result["text"]) for result in results[:64]} == {("bad_arguments", "expression longer than 1000 characters")}
+    assert {(result["status"], len(result["text"])) for result in results[64:]} == {("ok", 100_000)}
+
+
 def test_the_service_says_what_it_offers_and_that_it_is_there(client):
     names = [tool["function"]["name"] for tool in client.get("/v1/tools").json()]
-    assert names == [CALCULATOR, "Adder", "Notebook"]
+    assert names == [CALCULATOR, "Adder", "Notebook", "Loud"]
     assert client.get("/healthz").json() == {"status": "ok", "tools": names}
     described = client.get("/openapi.json").json()
     assert {"/v1/call", "/v1/tools", "/v1/tools/{name}/call", "/v1/sessions/{session}", "/healthz"} == set(described["paths"])

@@ -24,7 +24,7 @@ ANSWER_S = 10.0  # for what is not a call, and beyond what a call may take
 RECONNECT_S = 15.0  # in which a service that went away has to be back
 BACKOFF_S, MAX_BACKOFF_S = 0.2, 2.0
 MAX_REQUEST_BYTES = 4 * 2**20  # half of what the service takes
-NOT_STARTED = (404, 503)  # Serve's proxy: no such application (any more), no replica takes the request
+NOT_STARTED = (404, 408, 503)  # no such application (any more), the body was late, no replica takes the request
 
 
 class ServiceGone(ToolRLError):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
-from tools_service import serve_handles
+from tools_service import gateway, serve_handles
 from tools_service.gateway import Gateway
 from tools_service.protocol import ToolCall, ToolResult, ToolStatus
-from tools_service.runner import ToolInfo
+from tools_service.runner import MAX_ARGUMENT_CHARS, ToolInfo
 from tools_service.serve_handles import MAX_TRIES, TransportError
 
 SLOW_S = 0.05
@@ -22,7 +23,7 @@ def quick_retries(monkeypatch):
 
 class Handles:
     """Arguments: "stall" never ends, "slow" takes SLOW_S, "alone" only runs alone and takes SLOW_S to say so, "die" loses the request,
-    "full" is refused."""
+    "lost" loses one that others share, "full" is refused."""
 
     def __init__(self):
         self.sent: list[tuple[str, list[str]]] = []
@@ -38,7 +39,7 @@ class Handles:
             await asyncio.sleep(SLOW_S)
         if "stall" in arguments:
             await asyncio.Event().wait()
-        if "die" in arguments:
+        if "die" in arguments or len(calls) > 1 and "lost" in arguments:
             raise TransportError("ActorDiedError")
         if "full" in arguments:
             raise TransportError("too many", not_started=True, overloaded=True)
@@ -49,9 +50,11 @@ class Handles:
         self.ended.append((tool, name))
 
 
+INFOS = {"many": ToolInfo("many", "", True, 2), "one": ToolInfo("one", "", False), "book": ToolInfo("book", "", True, stateful=True)}
+
+
 def ask(*calls: ToolCall, handles: Handles | None = None):
-    infos = {"many": ToolInfo("many", "", True, 2), "one": ToolInfo("one", "", False), "book": ToolInfo("book", "", True, stateful=True)}
-    return asyncio.run(asyncio.wait_for(Gateway(handles or Handles(), infos).call(list(calls)), 30))
+    return asyncio.run(asyncio.wait_for(Gateway(handles or Handles(), INFOS).call(list(calls)), 30))
 
 
 def test_calls_of_a_batch_share_requests_by_tool_and_come_back_in_order():
@@ -118,3 +121,53 @@ def test_a_call_that_is_shed_leaves_its_session_as_it_was():
     handles = Handles()
     assert [r.status for r in ask(ToolCall("book", "full", 10.0, "s"), handles=handles)] == [ToolStatus.OVERLOADED]
     assert handles.ended == []
+
+
+def test_an_argument_that_is_too_long_is_refused_and_costs_no_other_call():
+    handles = Handles()
+    results = ask(ToolCall("one", "a"), ToolCall("many", "x" * (MAX_ARGUMENT_CHARS + 1)), ToolCall("many", "b"), handles=handles)
+    refused = (ToolStatus.BAD_ARGUMENTS, "the argument has 1,048,577 characters; 1,048,576 at most")
+    assert [(r.status, r.text) for r in results] == [(ToolStatus.OK, "one a None"), refused, (ToolStatus.OK, "many b None")]
+    assert sorted(handles.sent) == [("many", ["b"]), ("one", ["a"])]
+
+
+def test_long_arguments_share_no_request():
+    handles = Handles()
+    longest, half = "x" * MAX_ARGUMENT_CHARS, "y" * (MAX_ARGUMENT_CHARS // 2)
+    results = ask(*(ToolCall("many", argument) for argument in (longest, half, half, "z", longest)), handles=handles)
+    assert {r.status for r in results} == {ToolStatus.OK}
+    assert [arguments for _, arguments in handles.sent] == [[longest], [half, half], ["z"], [longest]]
+
+
+def test_calls_whose_shared_request_is_lost_are_sent_again_each_alone():
+    handles = Handles()
+    assert [r.text for r in ask(ToolCall("many", "lost"), ToolCall("many", "b"), handles=handles)] == ["many lost None", "many b None"]
+    assert handles.sent == [("many", ["lost", "b"]), ("many", ["lost"]), ("many", ["b"])]
+
+
+async def test_a_tool_that_stalls_keeps_its_share_of_the_requests_and_no_more(monkeypatch):
+    monkeypatch.setattr(gateway, "HTTP_IN_FLIGHT", 8)  # for three tools: two each, and two for all else
+    face = Gateway(handles := Handles(), INFOS)
+    stalled = [asyncio.ensure_future(face.call([ToolCall("one", "stall"), ToolCall("many", "a")])) for _ in range(2)]
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert sorted(handles.sent) == [("many", ["a"])] * 2 + [("one", ["stall"])] * 2
+    results = await face.call([ToolCall("one", "a"), ToolCall("many", "a"), ToolCall("one", "b")])
+    overloaded = (ToolStatus.OVERLOADED, "2 requests wait for one already")
+    assert [(r.status, r.text) for r in results] == [overloaded, (ToolStatus.OK, "many a None"), overloaded]
+    for request in stalled:
+        request.cancel()
+    await asyncio.gather(*stalled, return_exceptions=True)
+    [result] = await face.call([ToolCall("one", "a")])
+    assert result.status is ToolStatus.OK
+
+
+def test_deadline_and_latency_count_from_the_arrival_of_the_request():
+    handles = Handles()
+    token = gateway.ARRIVED.set(time.perf_counter() - 5.0)
+    try:
+        slow, over = ask(ToolCall("one", "a", 7.0), ToolCall("one", "stall", 4.0), handles=handles)
+    finally:
+        gateway.ARRIVED.reset(token)
+    assert slow.status is ToolStatus.OK and slow.latency_s >= 5.0 and handles.deadlines_s["a"][0] <= 2.0
+    assert (over.status, over.text) == (ToolStatus.TIMEOUT, "no answer within 4 s")

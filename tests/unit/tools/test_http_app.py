@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import time
 from datetime import date
 
 import httpx
@@ -12,13 +13,18 @@ import pytest
 from fastapi.testclient import TestClient
 
 from tests.unit.tools_in_process import InProcess, Notebook, Scripted, over_http
+from tools_service import http_guard
 from tools_service.adapters import load_tool
 from tools_service.calculator import SimpleCalculatorTool
+from tools_service.gateway import ARRIVED
 from tools_service.http_app import MAX_CALLS, MAX_SEED, make_app
 from tools_service.http_guard import MAX_BODY_BYTES
+from tools_service.protocol import ToolResult, ToolStatus
+from tools_service.runner import MAX_ARGUMENT_CHARS
 
 CALCULATOR = "SimpleCalculatorTool"
 NAMES = [CALCULATOR, "weekday", "Scripted", "Notebook"]
+TOO_LONG = "the argument has 1,048,577 characters; 1,048,576 at most"
 NOT_JSON = "the body is not valid JSON: "
 JSON = {"content-type": "application/json"}
 
@@ -55,6 +61,8 @@ def ended(answer):
         (CALCULATOR, {"arguments": {"argument": "13.1-3"}}, "ok", "10.1"),
         (CALCULATOR, {"argument": "1/0"}, "tool_error", "division by zero"),
         (CALCULATOR, {"argument": "?"}, "bad_arguments", "unexpected character '?'"),
+        (CALCULATOR, {"argument": "1" * (MAX_ARGUMENT_CHARS + 1)}, "bad_arguments", TOO_LONG),
+        (CALCULATOR, {"arguments": {"argument": "1" * (MAX_ARGUMENT_CHARS + 1)}}, "bad_arguments", TOO_LONG),
         (CALCULATOR, {"arguments": {}}, "bad_arguments", "argument 'argument' is missing; required: argument"),
         (CALCULATOR, {"arguments": {"argument": 1}}, "bad_arguments", "argument 'argument' must be string, not 1"),
         ("weekday", {"arguments": {"year": 2024, "month": 2, "day": 29}}, "ok", "Thursday"),
@@ -211,6 +219,41 @@ def test_a_body_beyond_the_bound_is_413_whether_its_length_is_told_or_not(client
     assert ended(answer) == ("ok", "1")
 
 
+def test_the_longest_argument_arrives_whatever_is_escaped_in_it(client):
+    answer = call(client, "Scripted", argument="\x01" * MAX_ARGUMENT_CHARS)
+    status, text = ended(answer)
+    assert status == "ok" and len(text) == 100_000
+
+
+def test_a_body_that_does_not_come_is_408_and_the_connection_ends(monkeypatch):
+    monkeypatch.setattr(http_guard, "BODY_S", 0.05)
+    tools = InProcess(SimpleCalculatorTool())
+    head = b"POST /v1/call HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+    with over_http(make_app(tools.infos, tools.gateway.call)) as port, socket.create_connection(("127.0.0.1", port), 30) as half:
+        half.sendall(head)
+        answer = half.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 408 ") and answer.endswith(b'{"error":"the body did not arrive within 0.05 s"}')
+
+
+async def test_a_request_has_arrived_when_its_first_byte_has():
+    asked = []
+
+    async def answer(calls):
+        asked.append(ARRIVED.get())
+        return [ToolResult(ToolStatus.OK, "")]
+
+    async def body():
+        yield b'{"argument": '
+        asked.append(time.perf_counter())
+        yield b'"1"}'
+
+    app = make_app(InProcess(SimpleCalculatorTool()).infos, answer)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+        assert (await client.post(f"/v1/tools/{CALCULATOR}/call", content=body(), headers=JSON)).status_code == 200
+    last_sent, arrived = asked
+    assert arrived <= last_sent
+
+
 @pytest.mark.parametrize(
     ("value", "status", "text"),
     [
@@ -279,8 +322,8 @@ def test_the_description_is_complete(client):
     assert found == {
         "get /v1/tools": ["200", "403", "421"],
         "get /healthz": ["200", "403", "421"],
-        "post /v1/tools/{name}/call": ["200", "403", "404", "413", "421", "422", "503"],
-        "post /v1/call": ["200", "403", "413", "421", "422"],
+        "post /v1/tools/{name}/call": ["200", "403", "404", "408", "413", "421", "422", "503"],
+        "post /v1/call": ["200", "403", "408", "413", "421", "422"],
         "delete /v1/sessions/{session}": ["204", "403", "421", "422"],
     }
     text = json.dumps(described)

@@ -113,7 +113,7 @@ async def test_what_a_service_says_of_its_tools_is_taken_over(tools: HttpTools) 
     assert [(info.name, info.description, info.parameters) for info in infos.values()] == [("Echo", "Says it again.", SCHEMA)]
 
 
-@pytest.mark.parametrize("status", [404, 503])
+@pytest.mark.parametrize("status", [404, 408, 503])
 async def test_a_request_that_reached_no_tool_is_sent_again(server: Scripted, tools: HttpTools, status: int) -> None:
     server.script = [(status, {}), (status, {})]
     assert [result.text for result in await tools.call(CALLS[:1])] == ["one"]

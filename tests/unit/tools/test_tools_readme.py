@@ -9,7 +9,11 @@ from pathlib import Path
 
 import yaml
 
+from tools_service import serve_app
 from tools_service.config import HttpConfig, PoolConfig, parse
+from tools_service.gateway import HTTP_IN_FLIGHT
+from tools_service.http_guard import BODY_S, MAX_BODY_BYTES
+from tools_service.runner import MAX_ARGUMENT_CHARS, MAX_OUTPUT_CHARS
 from tools_service.sandbox.limits import Limits
 from tools_service.sandbox.plan import TIERS
 from tools_service.sandbox.seccomp import rules
@@ -57,6 +61,15 @@ def test_the_defaults_of_the_pools_are_the_codes() -> None:
     assert "| `upscale_delay_s`, `downscale_delay_s` | 5, 60 |" in text
     assert all(f"| `{name}` | {defaults[name]} |" in text for name in ("max_in_flight", "max_queued", "drain_s"))
     assert f"{HttpConfig().host}:{HttpConfig().port}" in section("HTTP and MCP")
+
+
+def test_the_bounds_of_the_http_face_are_the_codes() -> None:
+    text = " ".join(README.split())
+    assert f"Of requests {HTTP_IN_FLIGHT} run at once and {serve_app.HTTP_QUEUED} wait" in text and f"those {HTTP_IN_FLIGHT} (" in text
+    assert f"A body has {MAX_BODY_BYTES} bytes at most (413) and arrives within {BODY_S:g} s (408)" in text
+    assert f"An argument has {MAX_ARGUMENT_CHARS} characters at most" in text and f"of a tool's answer {MAX_OUTPUT_CHARS} are kept" in text
+    [length] = re.findall(r"RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH=(\d+)", README)
+    assert serve_app.SERVE_ENV["RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"] == length
 
 
 def test_the_example_of_a_services_file_is_one() -> None:
