@@ -14,7 +14,7 @@ from typing import Literal
 from tools_service.sandbox import plan, process
 from tools_service.sandbox.limits import Limits
 from tools_service.sandbox.outcome import ForkFailed, IsolationUnavailable, Outcome, SandboxStatus, ZygoteDied
-from tools_service.sandbox.running import Child, NotBegun, encode_job, lowered, refusal
+from tools_service.sandbox.running import REPORT_GRACE_S, Child, NotBegun, encode_job, lowered, refusal
 from tools_service.sandbox.self_attack import breaches
 from tools_service.sandbox.session import Session
 from tools_service.sandbox.supply import TAKE_S, Supply
@@ -150,29 +150,37 @@ class Sandbox:
             self._restarting = None
 
     async def take(self, session: bool = False) -> Child:
-        """A child that is locked down and has no code yet. Raises ZygoteDied where there is none within 2 * TAKE_S."""
-        for _ in range(2):
-            if not session and self._supply.ready:
-                child = self._supply.ready.popleft()
-                self._supply.fill()
-                return child
-            if self._closed or (self._zygote is None and self._restarting is None):
+        """A child that is locked down and has no code yet. Raises ZygoteDied where none is forked, for this call or those before it,
+        within 2 * TAKE_S."""
+        if not session and self._supply.ready:
+            child = self._supply.ready.popleft()
+            self._supply.fill()
+            return child
+        self._revive()
+        waiter, num_idle = self._supply.next_child(session), 0
+        try:
+            while num_idle < 2:
+                num_forked = self._supply.num_forked[session]
+                await asyncio.wait((waiter,), timeout=TAKE_S + (process.START_S if self._restarting else 0))
+                if waiter.done():
+                    return waiter.result()
+                num_idle = num_idle + 1 if self._supply.num_forked[session] == num_forked else 0
                 self._revive()
-            waiter = self._supply.next_child(session)
-            try:
-                return await asyncio.wait_for(waiter, TAKE_S + (process.START_S if self._restarting else 0))
-            except TimeoutError:  # whether the server is to blame, the supply judges: the request may be of this moment
-                continue
-            except asyncio.CancelledError:
-                if waiter.done() and not waiter.cancelled() and not waiter.exception():
-                    waiter.result().close()
-                raise
-        raise ZygoteDied(self._broken or "no child was forked in time")
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.exception():
+                waiter.result().close()
+            raise
+        finally:
+            waiter.cancel()
+        # Whether the server is to blame, the supply judges: it may have more to do than it can.
+        raise ForkFailed(f"no interpreter was forked within {2 * TAKE_S:g} s")
 
     def _revive(self) -> None:
-        if self._closed or not self.tier:
+        """Starts a fork server where there is none and none is being started."""
+        if self._closed or (self._zygote is None and not self.tier):
             raise ZygoteDied(self._broken or "the sandbox is closed")
-        self._restarting = asyncio.get_running_loop().create_task(self._restart())
+        if self._zygote is None and self._restarting is None:
+            self._restarting = asyncio.get_running_loop().create_task(self._restart())
 
     async def run(self, code: str, *, seed: int | None = None, wall_s: float | None = None) -> Outcome:
         """Runs one snippet in a child of its own. Never raises but IsolationUnavailable or ValueError at the first call.
@@ -198,7 +206,7 @@ class Sandbox:
                 reason = str(error)
                 break
             except ZygoteDied as error:
-                if self._zygote is not None:  # it hangs: its children are killed, their ends not reported
+                if self._zygote is not None and self._supply.silent_s() >= REPORT_GRACE_S:  # it hangs: it reports no ends
                     self._replace(str(error))
                 reason = str(error)
                 break

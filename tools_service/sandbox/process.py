@@ -121,10 +121,10 @@ class Zygote:
                 self._on_message(message, fds)
 
     def send(self, message: bytes) -> None:
-        """A request; one that cannot be sent is that of a server which is dead or hangs, and is noticed as such."""
-        with contextlib.suppress(OSError):
-            if self._control is not None:
-                self._control.send(message)
+        """A request. Raises OSError where there is no room for it now, or no server any more."""
+        if self._control is None:
+            raise BrokenPipeError("the fork server has ended")
+        self._control.send(message)
 
     def hang_up(self) -> None:
         """Asks the server to end everything and itself."""

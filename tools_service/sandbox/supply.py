@@ -13,7 +13,9 @@ from tools_service.sandbox.outcome import ForkFailed, ZygoteDied
 from tools_service.sandbox.process import Zygote
 from tools_service.sandbox.running import Child
 
-TAKE_S = 5.0  # for a child to be forked and locked down; past it the fork server is replaced
+TAKE_S = 5.0  # without a word of a fork server that owes a child; past it the server is replaced
+MAX_ASKED = 64  # forks that are asked for and not answered: the channel to the server has room for a few hundred at most
+REQUESTS = {False: b"f", True: b"s"}
 NO_DESCRIPTORS = "this process has no file descriptors left for another interpreter (ulimit -n); allow it more, or fewer sessions"
 
 
@@ -30,6 +32,9 @@ class Supply:
         self._unheld: set[int] = set()  # announced, but without its descriptors: its channel is closed, and it ends
         self._waiters: dict[bool, collections.deque[asyncio.Future]] = {False: collections.deque(), True: collections.deque()}
         self._asked_at: dict[bool, collections.deque[float]] = {False: collections.deque(), True: collections.deque()}
+        self.num_forked = {False: 0, True: 0}
+        self._held_back = False  # more are wanted than are asked for
+        self._heard_at = 0.0  # when the server last said anything
         self._timer: asyncio.TimerHandle | None = None
 
     def next_child(self, session: bool) -> asyncio.Future[Child]:
@@ -39,20 +44,33 @@ class Supply:
         return waiter
 
     def fill(self) -> None:
-        """Asks for as many children as are wanted and not on their way."""
+        """Asks for as many children as are wanted and not on their way; for some later, where that are many."""
         server = self._server()
         if server is None:
             return
         waiting = {session: sum(not waiter.done() for waiter in waiters) for session, waiters in self._waiters.items()}
         wanted = {False: self._num_ahead - len(self.ready) + waiting[False], True: waiting[True]}
-        for session, request in ((False, b"f"), (True, b"s")):
-            while len(self._asked_at[session]) < wanted[session]:
-                self._asked_at[session].append(asyncio.get_running_loop().time())
-                server.send(request)
+        while True:
+            short = [session for session, times in self._asked_at.items() if len(times) < wanted[session]]
+            self._held_back = bool(short)
+            if not short or sum(map(len, self._asked_at.values())) >= MAX_ASKED:
+                break
+            session = min(short, key=lambda kind: len(self._asked_at[kind]))  # so that neither kind waits for all of the other
+            try:
+                server.send(REQUESTS[session])
+            except OSError:  # it has enough to do, which an answer will show, or it is dead, and that will be noticed
+                break
+            self._asked_at[session].append(asyncio.get_running_loop().time())
         self._watch()
 
     def _overdue_at(self) -> float:
-        return TAKE_S + min((times[0] for times in self._asked_at.values() if times), default=float("inf"))
+        """A server that is slow, but says something all the time, does not hang."""
+        oldest = min((times[0] for times in self._asked_at.values() if times), default=float("inf"))
+        return TAKE_S + max(oldest, self._heard_at)
+
+    def silent_s(self) -> float:
+        """Seconds since the server last said anything."""
+        return asyncio.get_running_loop().time() - self._heard_at
 
     def _watch(self) -> None:
         """A server that hangs is noticed whether or not anybody waits long enough for it."""
@@ -71,6 +89,7 @@ class Supply:
             self._replace(f"the fork server did not fork within {TAKE_S:g} s")
 
     def on_message(self, message: bytes, fds: list[int]) -> None:
+        self._heard_at = asyncio.get_running_loop().time()
         kind = message[:1]
         if kind == b"R":
             self._on_child(*struct.unpack("<I?", message[1:]), fds)
@@ -82,6 +101,7 @@ class Supply:
 
     def _on_child(self, number: int, session: bool, fds: list[int]) -> None:
         self._asked_at[session].popleft()
+        self.num_forked[session] += 1
         waiter = self._next_waiter(session)
         if len(fds) < 3:  # the kernel gave what there was room for
             for fd in fds:
@@ -97,6 +117,8 @@ class Supply:
             child.close()
         else:
             self.ready.append(child)
+        if self._held_back:
+            self.fill()
 
     def _next_waiter(self, session: bool) -> asyncio.Future | None:
         waiters = self._waiters[session]
@@ -125,6 +147,7 @@ class Supply:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._heard_at = asyncio.get_running_loop().time()
         for child in list(self.children.values()):
             if not child.exit.done():
                 child.kill()

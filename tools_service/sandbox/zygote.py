@@ -12,6 +12,7 @@ from __future__ import annotations
 import _sitebuiltins
 import builtins
 import contextlib
+import errno
 import gc
 import importlib
 import json
@@ -23,6 +24,7 @@ import signal
 import socket
 import struct
 import sys
+import time
 from dataclasses import dataclass
 
 sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
@@ -136,7 +138,16 @@ class Server:
             os._exit(child_side.EXIT_ERROR)
 
     def hand_over(self, listener: int) -> None:
-        socket.send_fds(self.channel, [b"L"], [] if listener < 0 else [listener])
+        """The kernel counts the descriptors that are on their way, those of reports which the owner has yet to read included, against the
+        sender's limit of open files: a child's is low."""
+        while True:
+            try:
+                socket.send_fds(self.channel, [b"L"], [] if listener < 0 else [listener])
+                return
+            except OSError as error:
+                if error.errno != errno.ETOOMANYREFS:
+                    raise
+            time.sleep(0.002)
 
     def on_locked_down(self, child: Child) -> None:
         try:

@@ -50,6 +50,36 @@ async def test_an_event_loop_that_is_held_up_is_not_taken_for_a_server_that_hang
         assert box.num_restarts == 0
 
 
+async def test_reports_that_nobody_reads_for_a_while_cost_no_child(isolation: str) -> None:
+    """The kernel lets a process whose limit of open files is low send no descriptor while so many are on their way to others."""
+    import time
+
+    async with sandbox(isolation, Limits(max_open_files=16), num_ahead=1) as box:
+        for _ in range(3):
+            running = [asyncio.create_task(box.run("print(1)")) for _ in range(30)]
+            await asyncio.sleep(0)  # children have been asked for
+            time.sleep(0.4)
+            assert [(await task).output for task in running] == ["1\n"] * 30
+        assert box.num_restarts == 0
+
+
+async def test_more_requests_at_once_than_the_channel_holds_are_all_answered(isolation: str) -> None:
+    async def take() -> bool:
+        child = await box.take(session=True)
+        child.close()
+        return True
+
+    async with sandbox(isolation) as box:
+        session = await box.open_session()
+        await session.run("x = 41")
+        os.kill(box.zygote_pid, signal.SIGSTOP)  # it reads none before all have come
+        taking = [asyncio.create_task(take()) for _ in range(400)]
+        await asyncio.sleep(0)
+        os.kill(box.zygote_pid, signal.SIGCONT)
+        assert all(await asyncio.gather(*taking))
+        assert (await session.run("print(x)")).output == "41\n" and box.num_restarts == 0
+
+
 @contextlib.contextmanager
 def descriptors_left(number: int) -> Iterator[None]:
     """For a while this process can open so many descriptors and no more."""
