@@ -12,18 +12,20 @@ def fork_cleaner(confinement: lockdown.Confinement, folder: str) -> int:
     parent = os.getpid()
     limits = replace(confinement.limits, cpu_s=60)
     ruleset = lockdown.file_rules(confinement, folder) if confinement.landlock else -1
-    pid = lockdown.fork()
-    if pid == 0:
-        try:
-            lockdown.die_with_parent(parent)
-            rlimits = lockdown.own_rlimits(limits, session=False)
-            lockdown.lock_down(replace(confinement, limits=limits), ruleset, rlimits, lambda listener: None)
-            empty(folder)
-        finally:
-            os._exit(0)
-    if ruleset >= 0:
-        os.close(ruleset)
-    return pid
+    try:
+        pid = lockdown.fork()
+        if pid == 0:
+            try:
+                lockdown.die_with_parent(parent)
+                rlimits = lockdown.own_rlimits(limits, session=False)
+                lockdown.lock_down(replace(confinement, limits=limits), ruleset, rlimits, lambda listener: None)
+                empty(folder)
+            finally:
+                os._exit(0)
+        return pid
+    finally:
+        if ruleset >= 0:
+            os.close(ruleset)
 
 
 def enter(folder: str) -> None:

@@ -124,14 +124,20 @@ def file_rules(confinement: Confinement, scratch: str | None) -> int:
     # TCP bind and connect from ABI 4; abstract sockets and signals to processes outside from ABI 6.
     attr = struct.pack("<QQQ", handled, 3, 3)[: 24 if abi >= 6 else 16 if abi >= 4 else 8]
     ruleset = new_ruleset(attr)
-    for fd, is_folder in confinement.read_fds:
-        add_rule(ruleset, fd, READ_FILE | READ_DIR if is_folder else READ_FILE)
-    for fd in confinement.device_fds:
-        add_rule(ruleset, fd, READ_FILE | 1 << 1)
-    if scratch is not None:
-        fd = os.open(scratch, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        add_rule(ruleset, fd, (SCRATCH_RIGHTS | REFER | TRUNCATE) & handled)
-        os.close(fd)
+    try:
+        for fd, is_folder in confinement.read_fds:
+            add_rule(ruleset, fd, READ_FILE | READ_DIR if is_folder else READ_FILE)
+        for fd in confinement.device_fds:
+            add_rule(ruleset, fd, READ_FILE | 1 << 1)
+        if scratch is not None:
+            fd = os.open(scratch, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                add_rule(ruleset, fd, (SCRATCH_RIGHTS | REFER | TRUNCATE) & handled)
+            finally:
+                os.close(fd)
+    except BaseException:
+        os.close(ruleset)
+        raise
     return ruleset
 
 

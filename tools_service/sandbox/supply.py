@@ -15,6 +15,7 @@ from tools_service.sandbox.running import Child
 
 TAKE_S = 5.0  # without a word of a fork server that owes a child; past it the server is replaced
 MAX_ASKED = 64  # forks that are asked for and not answered: the channel to the server has room for a few hundred at most
+PAUSE_S = 0.1  # after a fork that failed
 REQUESTS = {False: b"f", True: b"s"}
 NO_DESCRIPTORS = "this process has no file descriptors left for another interpreter (ulimit -n); allow it more, or fewer sessions"
 
@@ -36,6 +37,7 @@ class Supply:
         self._held_back = False  # more are wanted than are asked for
         self._heard_at = 0.0  # when the server last said anything
         self._timer: asyncio.TimerHandle | None = None
+        self._pause: asyncio.TimerHandle | None = None
 
     def next_child(self, session: bool) -> asyncio.Future[Child]:
         waiter = asyncio.get_running_loop().create_future()
@@ -46,7 +48,7 @@ class Supply:
     def fill(self) -> None:
         """Asks for as many children as are wanted and not on their way; for some later, where that are many."""
         server = self._server()
-        if server is None:
+        if server is None or self._pause is not None:
             return
         waiting = {session: sum(not waiter.done() for waiter in waiters) for session, waiters in self._waiters.items()}
         wanted = {False: self._num_ahead - len(self.ready) + waiting[False], True: waiting[True]}
@@ -95,6 +97,9 @@ class Supply:
             self._on_child(*struct.unpack("<I?", message[1:]), fds)
         elif kind == b"X":
             self._on_exit(*struct.unpack("<IiQ", message[1:]))
+        elif kind == b"F":
+            self._asked_at[message[1:2] == b"\1"].popleft()
+            self._refuse(message[1:2] == b"\1", f"no interpreter could be forked: {message[2:].decode(errors='replace')}")
         else:
             said = message[1:].decode(errors="replace") if kind == b"E" else ""
             self._replace(said or "the fork server sent what it never sends")
@@ -102,14 +107,13 @@ class Supply:
     def _on_child(self, number: int, session: bool, fds: list[int]) -> None:
         self._asked_at[session].popleft()
         self.num_forked[session] += 1
-        waiter = self._next_waiter(session)
         if len(fds) < 3:  # the kernel gave what there was room for
             for fd in fds:
                 os.close(fd)
             self._unheld.add(number)
-            if waiter:
-                waiter.set_exception(ForkFailed(NO_DESCRIPTORS))
+            self._refuse(session, NO_DESCRIPTORS)
             return
+        waiter = self._next_waiter(session)
         child = self.children[number] = Child(number, *fds, self._limits)
         if waiter:
             waiter.set_result(child)
@@ -119,6 +123,17 @@ class Supply:
             self.ready.append(child)
         if self._held_back:
             self.fill()
+
+    def _refuse(self, session: bool, reason: str) -> None:
+        """The oldest who waits for one goes without; what is in short supply is not asked for at once again."""
+        if waiter := self._next_waiter(session):
+            waiter.set_exception(ForkFailed(reason))
+        if self._pause is None:
+            self._pause = asyncio.get_running_loop().call_later(PAUSE_S, self._go_on)
+
+    def _go_on(self) -> None:
+        self._pause = None
+        self.fill()
 
     def _next_waiter(self, session: bool) -> asyncio.Future | None:
         waiters = self._waiters[session]
@@ -133,7 +148,7 @@ class Supply:
             return
         child = self.children.pop(number, None)
         if child is None:
-            self._replace("a child ended before it was locked down")
+            self._replace("the fork server reports the end of a child that it never announced")
             return
         if not child.exit.done():
             child.exit.set_result((wait_status, cpu_us / 1e6))
@@ -144,9 +159,10 @@ class Supply:
 
     def forget(self, reason: str) -> None:
         """The server has ended, and with it every child. Those who wait go on waiting: for one of the next server."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        for timer in (self._timer, self._pause):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._pause = None
         self._heard_at = asyncio.get_running_loop().time()
         for child in list(self.children.values()):
             if not child.exit.done():

@@ -3,22 +3,19 @@
 Standard input is the control channel (a SOCK_SEQPACKET socket). It reads one JSON configuration, answers `H` (ready) or `E` and
 a reason, and then serves requests: `f` fork a child for one snippet, `s` fork one for a session. It reports `R`, number, whether it
 is for a session and three descriptors (job channel, output, pidfd) when a child is locked down, and `X`, number, wait status and CPU
-microseconds when it has ended. When the channel closes or the owner's process ends, everything ends. No child ever holds the control
-channel.
+microseconds when that has ended; or, instead, `F`, whether it was for a session and the reason where there can be no child now: a
+machine that is short of processes, descriptors or room is so for a while. When the channel closes or the owner's process ends,
+everything ends. No child ever holds the control channel.
 """
 
 from __future__ import annotations
 
-import _sitebuiltins
-import builtins
+import collections
 import contextlib
 import errno
 import gc
-import importlib
 import json
 import os
-import platform
-import resource
 import select
 import signal
 import socket
@@ -30,7 +27,7 @@ from dataclasses import dataclass
 sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 from tools_service.sandbox import child as child_side
-from tools_service.sandbox import cleaner, lockdown, reach
+from tools_service.sandbox import cleaner, lockdown, preparation, reach
 from tools_service.sandbox.seccomp import Supervisor
 
 sys.path.pop()
@@ -42,10 +39,11 @@ class Child:
     number: int
     pid: int
     pidfd: int
-    scratch: int | None  # the folder's descriptor: its name is in no memory that a later child gets a copy of
+    scratch: int | None = None  # the folder's descriptor: its name is in no memory that a later child gets a copy of
     session: bool = False
     hand_over: socket.socket | None = None
     fds_of_owner: tuple[int, ...] = ()
+    announced: bool = False
     supervisor: Supervisor | None = None
     cleaner: bool = False
 
@@ -59,6 +57,7 @@ class Server:
         self.poll = select.epoll()
         self.handlers = {}
         self.children: dict[int, Child] = {}
+        self.uncleaned: collections.deque[int] = collections.deque()  # scratch folders for which no cleaner could be forked
         self.num_forked = 0
         self.rlimits = {session: lockdown.own_rlimits(self.limits, session) for session in (False, True)}
         self.channel = channel
@@ -67,8 +66,8 @@ class Server:
         self.watch(owner_pidfd, self.shut_down)
 
     def watch(self, fd: int, handler) -> None:
-        self.handlers[fd] = handler
         self.poll.register(fd, select.EPOLLIN)
+        self.handlers[fd] = handler
 
     def unwatch(self, fd: int) -> None:
         if self.handlers.pop(fd, None):
@@ -88,40 +87,72 @@ class Server:
             message = b""
         if not message:
             self.shut_down()
-        self.fork_child(session=message == b"s")
+        session = message == b"s"
+        try:
+            self.fork_child(session)
+        except OSError as error:
+            self.report_failure(session, error.strerror or str(error))
 
     def fork_child(self, session: bool) -> None:
         """What can be made before the fork is: a child pays a page of memory for almost every object that it touches."""
-        self.num_forked += 1
-        base = self.config["scratch"]
+        with contextlib.ExitStack() as kept, contextlib.ExitStack() as passed_on:  # what was made is undone where the rest fails
+            scratch, folder = self.make_scratch(kept)
+            job, job_of_child = socket.socketpair()
+            kept.callback(job.close)
+            passed_on.callback(job_of_child.close)
+            output, output_of_child = os.pipe2(os.O_CLOEXEC)
+            kept.callback(os.close, output)
+            passed_on.callback(os.close, output_of_child)
+            hand_over, hand_over_of_child = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            kept.callback(hand_over.close)
+            passed_on.callback(hand_over_of_child.close)
+            self.watch(hand_over.fileno(), lambda: self.on_locked_down(child))
+            kept.callback(self.unwatch, hand_over.fileno())
+            devnull = os.open(os.devnull, os.O_RDONLY)  # its own: flags and position belong to what was opened, not to who holds it
+            passed_on.callback(os.close, devnull)
+            ruleset = -1
+            if self.confinement.landlock:
+                ruleset = lockdown.file_rules(self.confinement, scratch)
+                passed_on.callback(os.close, ruleset)
+            fds = (hand_over_of_child.fileno(), devnull, output_of_child, output_of_child, job_of_child.fileno())
+            targets = tuple(zip(fds, (self.channel.fileno(), 0, 1, 2, 3), strict=True))  # 3 last: it may be a source
+            rlimits = self.rlimits[session]
+            parent = os.getpid()
+            pid = lockdown.fork()
+            if pid == 0:
+                self.be_child(parent, targets, ruleset, rlimits, session)
+            child = self.adopt(pid, scratch=folder, session=session, hand_over=hand_over)
+            kept.pop_all()
+        child.fds_of_owner = (job.detach(), output)
+
+    def make_scratch(self, kept: contextlib.ExitStack) -> tuple[str | None, int | None]:
+        """A folder for one child, by name and as a descriptor; None where there are none."""
+        if not (base := self.config["scratch"]):
+            return None, None
         # A name that nobody can guess: what can be named can be asked for its size and times, which no rule for files forbids.
-        scratch = f"{base}/{os.urandom(16).hex()}" if base else None
-        folder = None
-        if scratch:
-            os.mkdir(scratch, 0o700)
-            os.chdir(scratch)
-            folder = os.open(scratch, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        job, job_of_child = socket.socketpair()
-        output, output_of_child = os.pipe2(os.O_CLOEXEC)
-        hand_over, hand_over_of_child = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        devnull = os.open(os.devnull, os.O_RDONLY)  # its own: flags and position belong to what was opened, not to who holds it
-        ruleset = lockdown.file_rules(self.confinement, scratch) if self.confinement.landlock else -1
-        fds = (hand_over_of_child.fileno(), devnull, output_of_child, output_of_child, job_of_child.fileno())
-        targets = tuple(zip(fds, (self.channel.fileno(), 0, 1, 2, 3), strict=True))  # 3 last: it may be a source
-        rlimits = self.rlimits[session]
-        parent = os.getpid()
-        pid = lockdown.fork()
-        if pid == 0:
-            self.be_child(parent, targets, ruleset, rlimits, session)
-        job_of_child.close()
-        hand_over_of_child.close()
-        for fd in (output_of_child, devnull, ruleset):
-            if fd >= 0:
-                os.close(fd)
-        child = Child(self.num_forked, pid, os.pidfd_open(pid), folder, session, hand_over, (job.detach(), output))
-        self.children[child.number] = child
-        self.watch(child.pidfd, lambda: self.on_exit(child))
-        self.watch(hand_over.fileno(), lambda: self.on_locked_down(child))
+        scratch = f"{base}/{os.urandom(16).hex()}"
+        os.mkdir(scratch, 0o700)
+        kept.callback(os.rmdir, scratch)
+        os.chdir(scratch)
+        folder = os.open(scratch, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        kept.callback(os.close, folder)
+        return scratch, folder
+
+    def adopt(self, pid: int, **its) -> Child:
+        """Takes note of a process that was forked. One that cannot be watched is ended; raises OSError then."""
+        pidfd = -1
+        try:
+            pidfd = os.pidfd_open(pid)
+            self.watch(pidfd, lambda: self.on_exit(child))
+        except OSError:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            if pidfd >= 0:
+                os.close(pidfd)
+            raise
+        self.num_forked += 1
+        child = self.children[self.num_forked] = Child(self.num_forked, pid, pidfd, **its)
+        return child
 
     def be_child(self, parent: int, targets: tuple, ruleset: int, rlimits: tuple, session: bool) -> None:
         """Never returns."""
@@ -142,7 +173,7 @@ class Server:
         sender's limit of open files: a child's is low."""
         while True:
             try:
-                socket.send_fds(self.channel, [b"L"], [] if listener < 0 else [listener])
+                socket.send_fds(self.channel, *(([b"N"], []) if listener < 0 else ([b"L"], [listener])))
                 return
             except OSError as error:
                 if error.errno != errno.ETOOMANYREFS:
@@ -155,17 +186,28 @@ class Server:
         except OSError:
             message, fds = b"", []
         self.unwatch(child.hand_over.fileno())
-        if message == b"L":
-            if fds:
-                child.supervisor = Supervisor(fds[0], child.pid, self.limits.max_files, self.limits.max_threads)
-                self.watch(fds[0], child.supervisor.answer)
-            self.report(b"R" + struct.pack("<I?", child.number, child.session), (*child.fds_of_owner, child.pidfd))
-        elif message:
+        if message[:1] == b"E":
             self.report(message)
+        else:
+            self.announce(child, message, fds)
         for fd in child.fds_of_owner:
             os.close(fd)
         child.fds_of_owner = ()
         child.hand_over.close()
+
+    def announce(self, child: Child, message: bytes, fds: list[int]) -> None:
+        child.announced = message == b"N" or (message == b"L" and bool(fds))  # the kernel hands over what there is room for
+        if not child.announced:
+            signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
+            self.report_failure(child.session, "it ended, or had to be ended, before it was locked down")
+            return
+        if fds:
+            child.supervisor = Supervisor(fds[0], child.pid, self.limits.max_files, self.limits.max_threads)
+            self.watch(fds[0], child.supervisor.answer)
+        self.report(b"R" + struct.pack("<I?", child.number, child.session), (*child.fds_of_owner, child.pidfd))
+
+    def report_failure(self, session: bool, reason: str) -> None:
+        self.report(b"F" + struct.pack("<?", session) + reason.encode()[:2000])
 
     def report(self, message: bytes, fds: tuple[int, ...] = ()) -> None:
         try:
@@ -185,26 +227,27 @@ class Server:
             self.unwatch(child.supervisor.listener)
             os.close(child.supervisor.listener)
         del self.children[child.number]
-        if not child.cleaner:
+        if child.announced:
             cpu_us = int((usage.ru_utime + usage.ru_stime) * 1e6)
             self.report(b"X" + struct.pack("<IiQ", child.number, status, cpu_us))
+        if self.uncleaned:  # with the child something has ended that was in short supply
+            self.clean(self.uncleaned.popleft())
         if child.scratch is not None:
-            self.clean(child)
+            self.clean(child.scratch, cleaned=child.cleaner)
 
-    def clean(self, child: Child) -> None:
-        """Removes the scratch folder; what is in it, only by a process that can reach nothing else."""
-        path = os.readlink(f"/proc/self/fd/{child.scratch}")
+    def clean(self, folder: int, cleaned: bool = False) -> None:
+        """Removes a scratch folder; what is in it, only by a process that can reach nothing else."""
+        path = os.readlink(f"/proc/self/fd/{folder}")
         try:
             os.rmdir(path)
         except OSError:
-            if not child.cleaner:
-                self.num_forked += 1
-                pid = cleaner.fork_cleaner(self.confinement, path)
-                helper = Child(self.num_forked, pid, os.pidfd_open(pid), child.scratch, cleaner=True)
-                self.children[helper.number] = helper
-                self.watch(helper.pidfd, lambda: self.on_exit(helper))
+            if not cleaned:
+                try:
+                    self.adopt(cleaner.fork_cleaner(self.confinement, path), scratch=folder, cleaner=True)
+                except OSError:
+                    self.uncleaned.append(folder)
                 return
-        os.close(child.scratch)
+        os.close(folder)
 
     def shut_down(self) -> None:
         for child in self.children.values():
@@ -220,49 +263,6 @@ class Server:
         os._exit(0)
 
 
-def reserve_channel(number: int) -> socket.socket:
-    """Holds the number that a child's way back has. To be called before anything else may get it."""
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    placeholder, _ = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    return socket.socket(fileno=os.dup2(placeholder.fileno(), number, inheritable=False))
-
-
-def drop_privileges(uid: int | None) -> None:
-    if uid is not None:
-        os.setgroups([])
-        os.setresgid(uid, uid, uid)
-        os.setresuid(uid, uid, uid)
-    lockdown.drop_capabilities()
-
-
-def load(config: dict) -> None:
-    sys.path += config["site_paths"]
-    hide_host_name()  # first: modules keep what they were told
-    for name in config["preload"]:
-        importlib.import_module(name)
-    if "numpy" in sys.modules:
-        importlib.import_module("numpy.random")  # numpy loads it at its first use: too late for a seed
-    os.environ.clear()
-    for name in ("exit", "quit"):  # `site`, which is left out, makes these
-        setattr(builtins, name, _sitebuiltins.Quitter(name, ""))
-    builtins.help = _sitebuiltins._Helper()
-    child_side.hide_frames_of(sys.path)
-    sys.path[:] = [path for path in sys.path if path not in config["site_paths"]]  # what else lies there cannot be read
-    child_side.warm_up()
-    importlib.invalidate_caches()
-
-
-def hide_host_name() -> None:
-    """uname, which tells the host's name, is refused to snippets. What modules ask of it is answered from here."""
-    real = os.uname()
-    hidden = os.uname_result((real.sysname, "sandbox", real.release, real.version, real.machine))
-    os.uname = sys.modules["posix"].uname = lambda: hidden
-    socket.gethostname = sys.modules["_socket"].gethostname = lambda: hidden.nodename
-    platform._uname_cache = None
-    platform.uname()
-
-
 def main() -> None:
     control = socket.socket(fileno=os.dup(0))
     control.set_inheritable(False)
@@ -271,14 +271,12 @@ def main() -> None:
         os.umask(0o077)
         message, (owner_pidfd,), _, _ = socket.recv_fds(control, MAX_MESSAGE_BYTES, 1)
         config = json.loads(message)
-        channel = reserve_channel(config["limits"]["max_open_files"])
-        load(config)
+        channel = preparation.reserve_channel(config["limits"]["max_open_files"])
+        preparation.load(config)
         parts = reach.parts_of_modules(config["site_paths"])
-        drop_privileges(config["uid"])
+        preparation.drop_privileges(config["uid"])
         confinement = reach.open_confinement(config, parts)
-        with open("/proc/self/statm") as file:
-            mapped_bytes = int(file.read().split()[0]) * resource.getpagesize()
-        lockdown.restrict_server(confinement.limits, mapped_bytes + confinement.limits.memory_bytes)
+        lockdown.restrict_server(confinement.limits, preparation.mapped_bytes() + confinement.limits.memory_bytes)
         reach.hide(config, parts, confinement.landlock)
         if config["scratch"]:
             cleaner.sweep(confinement, config["scratch"])

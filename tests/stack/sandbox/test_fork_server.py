@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from stack.sandbox.core_helpers import ISOLATIONS, descendants, sandbox
 
 from tools_service.sandbox import owner
 from tools_service.sandbox.owner import IsolationUnavailable, Limits, Sandbox, SandboxStatus
+from tools_service.sandbox.plan import Plan
 
 pytestmark = pytest.mark.parametrize("isolation", ISOLATIONS)
 
@@ -120,6 +122,43 @@ async def test_running_out_of_descriptors_costs_the_calls_that_need_one_and_no_s
                 break
             await asyncio.sleep(0.01)
         assert len(descendants(box.zygote_pid)) == 4 and box.num_restarts == 0
+
+
+LOWER = "import os, resource, sys\nresource.setrlimit(resource.RLIMIT_NOFILE, ({0}, {0}))\nos.execv(sys.argv[1], sys.argv[1:])"
+
+
+@pytest.mark.parametrize("number", [52, 53, 54])
+async def test_a_fork_that_fails_costs_the_call_that_needs_it_and_no_session(
+    isolation: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fork server with so many descriptors, of which every session takes some."""
+    real = owner.plan.plan
+
+    def with_few_descriptors(*args: object) -> Plan:
+        plan = real(*args)
+        at = plan.command.index("-s") - 1  # where the server's own command begins
+        lowered = (plan.command[at], "-I", "-S", "-c", LOWER.format(number))
+        return replace(plan, command=(*plan.command[:at], *lowered, *plan.command[at:]))
+
+    monkeypatch.setattr(owner.plan, "plan", with_few_descriptors)
+    async with sandbox(isolation, Limits(max_open_files=16), num_ahead=1, preload=()) as box:
+        sessions = [await box.open_session() for _ in range(20)]
+        for session in sessions:
+            outcome = await session.run("x = 41")
+            if outcome.status is not SandboxStatus.OK:
+                break
+        num_held = sessions.index(session)
+        assert num_held >= 2 and "no interpreter could be forked" in outcome.output and outcome.output.isprintable()
+        for _ in range(5):  # a fork that failed leaves nothing behind that the next ones would lack
+            assert (await session.run("x = 41")).status is SandboxStatus.UNAVAILABLE
+        assert [(await held.run("print(x)")).output for held in sessions[:num_held]] == ["41\n"] * num_held
+        for held in sessions[:2]:
+            await held.close()
+        for _ in range(100):  # until they are gone
+            if (await session.run("x = 41")).status is SandboxStatus.OK:
+                break
+        assert (await session.run("print(x)")).output == "41\n"
+        assert (await box.run("print(1)")).output == "1\n" and box.num_restarts == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])

@@ -1,0 +1,63 @@
+"""What the fork server does to itself before it forks."""
+
+from __future__ import annotations
+
+import _sitebuiltins
+import builtins
+import importlib
+import os
+import platform
+import resource
+import socket
+import sys
+
+from tools_service.sandbox import child as child_side
+from tools_service.sandbox import lockdown
+
+
+def reserve_channel(number: int) -> socket.socket:
+    """Holds the number that a child's way back has. To be called before anything else may get it."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    placeholder, _ = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    return socket.socket(fileno=os.dup2(placeholder.fileno(), number, inheritable=False))
+
+
+def drop_privileges(uid: int | None) -> None:
+    if uid is not None:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+    lockdown.drop_capabilities()
+
+
+def load(config: dict) -> None:
+    sys.path += config["site_paths"]
+    hide_host_name()  # first: modules keep what they were told
+    for name in config["preload"]:
+        importlib.import_module(name)
+    if "numpy" in sys.modules:
+        importlib.import_module("numpy.random")  # numpy loads it at its first use: too late for a seed
+    os.environ.clear()
+    for name in ("exit", "quit"):  # `site`, which is left out, makes these
+        setattr(builtins, name, _sitebuiltins.Quitter(name, ""))
+    builtins.help = _sitebuiltins._Helper()
+    child_side.hide_frames_of(sys.path)
+    sys.path[:] = [path for path in sys.path if path not in config["site_paths"]]  # what else lies there cannot be read
+    child_side.warm_up()
+    importlib.invalidate_caches()
+
+
+def hide_host_name() -> None:
+    """uname, which tells the host's name, is refused to snippets. What modules ask of it is answered from here."""
+    real = os.uname()
+    hidden = os.uname_result((real.sysname, "sandbox", real.release, real.version, real.machine))
+    os.uname = sys.modules["posix"].uname = lambda: hidden
+    socket.gethostname = sys.modules["_socket"].gethostname = lambda: hidden.nodename
+    platform._uname_cache = None
+    platform.uname()
+
+
+def mapped_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
