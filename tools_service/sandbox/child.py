@@ -13,18 +13,20 @@ import linecache
 import mmap
 import os
 import random
+import resource
 import struct
 import sys
 import threading
 import types
-from traceback import TracebackException
+
+from tools_service.sandbox import tracebacks
 
 HEADER = struct.Struct("<IBq")  # bytes of code, whether there is a seed, the seed
 JOB_FD = 3
 EXIT_OK, EXIT_ERROR, EXIT_MEMORY = 0, 1, 97
 FILE_NAME = "<snippet>"
+TOO_DEEP = "nested too deeply, or too large, to be compiled"
 CHUNK_CHARS = 1 << 16
-MAX_FRAMES = 1000  # of a traceback: to look at hundreds of thousands takes seconds
 MEMORY_RESERVE_BYTES = 2 << 20  # let go when memory runs out, so that there is room to say so
 
 
@@ -105,41 +107,14 @@ def new_main() -> types.ModuleType:
     return main
 
 
-def hide_frames_of(folders: list[str]) -> None:
-    """From here on tracebacks of uncaught exceptions show the snippet's frames, not those of modules in these folders."""
-    global foreign
-    foreign = ("<frozen ", __file__, *(os.path.join(folder, "") for folder in folders if folder))
-    threading.excepthook = print_exception_of_thread
+def set_limits(limits: dict[str, float]) -> None:
+    """To be called when all modules are loaded: what they take is none of what a snippet takes."""
+    global plenty_kib
+    plenty_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + limits["memory_bytes"] // 2048
+    tracebacks.max_chars = min(tracebacks.MAX_CHARS, limits["max_output_bytes"] // 4)
 
 
-foreign: tuple[str, ...] = ()
-
-
-def last_of(frames: types.TracebackType | None) -> types.TracebackType | None:
-    """As many as the interpreter's own printer shows. TracebackException has a limit too, but looks at all that come before."""
-    ahead, number = frames, 0
-    while ahead is not None:
-        ahead, number = ahead.tb_next, number + 1
-        if number > MAX_FRAMES:
-            frames = frames.tb_next
-    return frames
-
-
-def print_exception(kind: type[BaseException], error: BaseException | None, frames: types.TracebackType | None) -> None:
-    # The limit is for the exceptions behind it. Lines are looked up for what is left.
-    shown = TracebackException(kind, error, last_of(frames), limit=-MAX_FRAMES, lookup_lines=False, compact=True)
-    todo = [shown]
-    while todo:
-        part = todo.pop()
-        part.stack[:] = [frame for frame in part.stack if not frame.filename.startswith(foreign)]
-        todo += [other for other in (part.__cause__, part.__context__, *(part.exceptions or ())) if other is not None]
-    shown.print(file=sys.stderr if sys.stderr is not None else sys.__stderr__)
-
-
-def print_exception_of_thread(args: threading.ExceptHookArgs) -> None:
-    if args.exc_type is not SystemExit:
-        sys.stderr.write(f"Exception in thread {args.thread.name if args.thread else '?'}:\n")
-        print_exception(args.exc_type, args.exc_value, args.exc_traceback)
+plenty_kib = 0  # at most in use, below which half of what a snippet may take was never taken
 
 
 def compiled(code: str, file_name: str) -> types.CodeType:
@@ -147,7 +122,12 @@ def compiled(code: str, file_name: str) -> types.CodeType:
     try:
         return compile(code, file_name, "exec", dont_inherit=True)
     except MemoryError:
-        raise SyntaxError("nested too deeply, or too large, to be compiled") from None
+        raise SyntaxError(TOO_DEEP) from None
+
+
+def of_parser(error: MemoryError) -> bool:
+    """As in `compiled`, where the snippet itself calls the parser."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < plenty_kib and tracebacks.raised_by_parser(error.__traceback__)
 
 
 def run_code(code: str, main: types.ModuleType, file_name: str) -> int:
@@ -167,7 +147,9 @@ def run_code(code: str, main: types.ModuleType, file_name: str) -> int:
         reserve.close()
         status = EXIT_MEMORY if isinstance(error, MemoryError) else EXIT_ERROR
         try:
-            print_exception(type(error), error, error.__traceback__)
+            if type(error) is MemoryError and of_parser(error):
+                status, error.args = EXIT_ERROR, (TOO_DEEP,)
+            tracebacks.print_exception(type(error), error, error.__traceback__)
         except BaseException as again:
             os.write(2, f"{type(error).__name__} ({type(again).__name__} while printing it)\n".encode(errors="replace"))
     return status

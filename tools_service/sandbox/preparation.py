@@ -12,7 +12,7 @@ import socket
 import sys
 
 from tools_service.sandbox import child as child_side
-from tools_service.sandbox import lockdown
+from tools_service.sandbox import lockdown, tracebacks
 
 
 def reserve_channel(number: int) -> socket.socket:
@@ -42,9 +42,10 @@ def load(config: dict) -> None:
     for name in ("exit", "quit"):  # `site`, which is left out, makes these
         setattr(builtins, name, _sitebuiltins.Quitter(name, ""))
     builtins.help = _sitebuiltins._Helper()
-    child_side.hide_frames_of(sys.path)
+    tracebacks.hide_frames_of(sys.path)
     sys.path[:] = [path for path in sys.path if path not in config["site_paths"]]  # what else lies there cannot be read
     child_side.warm_up()
+    child_side.set_limits(config["limits"])
     importlib.invalidate_caches()
 
 

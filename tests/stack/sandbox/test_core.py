@@ -124,6 +124,45 @@ async def test_code_that_the_parser_has_no_stack_for_is_an_error_of_the_code(iso
             assert outcome.output.startswith("SyntaxError: nested too deeply")
 
 
+async def test_text_that_the_parser_has_no_stack_for_is_an_error_where_the_snippet_has_it_parsed(isolation: str) -> None:
+    deep = "'-' * 20000 + '1'"
+    calls = (f"eval({deep})", f"exec({deep})", f"compile({deep}, 'f', 'eval')", f"import ast; ä = ast.literal_eval({deep})")
+    large = ("bytearray(1 << 40)", "eval('bytearray(1 << 40)')", "eval('1'), '-' * (1 << 40)", "eval('[' + '1,' * (1 << 22) + ']')")
+    async with sandbox(isolation, Limits(memory_bytes=128 * MIB)) as box:
+        session = await box.open_session()
+        for run in (box.run, session.run):
+            for code in calls:
+                outcome = await run(code)
+                assert outcome.status is SandboxStatus.ERROR and code in outcome.output, outcome
+                assert outcome.output.endswith("\nMemoryError: nested too deeply, or too large, to be compiled\n"), outcome
+        for code in large:
+            outcome = await box.run(code)
+            assert outcome.status is SandboxStatus.MEMORY_LIMIT and outcome.output.endswith("\nMemoryError\n"), (code, outcome)
+
+
+@pytest.mark.parametrize("max_output_bytes", [65536, 5000])
+async def test_a_traceback_is_cut_where_it_would_not_fit_and_its_end_is_shown(isolation: str, max_output_bytes: int) -> None:
+    division = "ZeroDivisionError: division by zero\n"
+    snippets = {
+        "d = [" + "1," * 35000 + "]; 1 / 0": f"]; 1 / 0\n{division}",
+        "raise ValueError('x' * 70000 + 'end')": "xend\n",
+        "raise ValueError('\\U0001f40d' * 70000 + 'end')": "\U0001f40dend\n",
+        "raise ValueError('a line\\n' * 20000 + 'end')": "a line\nend\n",
+        "d = [" + "1," * 35000 + "; end": "; end\nSyntaxError: invalid syntax\n",
+        "def even(n):\n    return odd(n - 1)\ndef odd(n):\n    return even(n - 1)\neven(0.5)": "maximum recursion depth exceeded\n",
+        "def f(n):\n    try: 1 / 0\n    finally:\n        if n: f(n - 1)\n        raise ValueError('x' * 5000)\nf(90)": "xxx\n",
+        "raise ExceptionGroup('g', [ValueError('x' * 5000 + str(i)) for i in range(30)])": "+------------------------------------\n",
+        "e = ValueError('x')\nfor i in range(20000): e.add_note('a note')\nraise e": "a note\na note\n",
+    }
+    async with sandbox(isolation, Limits(max_output_bytes=max_output_bytes)) as box:
+        for code, end in snippets.items():
+            outcome = await box.run(code)
+            assert (outcome.status, outcome.truncated) == (SandboxStatus.ERROR, False), (code[-99:], outcome.output[-99:])
+            assert outcome.output.endswith(end) and "[...]" in outcome.output, (code[-99:], outcome.output[-99:])
+        outcome = await box.run("x = 1; 1 / 0")
+        assert outcome.output.endswith("    x = 1; 1 / 0\n           ~~^~~\nZeroDivisionError: division by zero\n")
+
+
 async def test_endless_output_is_output_limit_and_cut_at_it(isolation: str) -> None:
     async with sandbox(isolation, Limits(max_output_bytes=1000)) as box:
         outcome = await box.run("while True: print('ä' * 99)")
