@@ -32,7 +32,7 @@ MIN_DECIMALS = 2  # kept however large the integer part is
 MAX_DECIMALS = 40
 
 _MAX = 10**MAX_DIGITS
-_APPROXIMATE = decimal.Context(prec=60, Emax=9999, Emin=-9999, traps=[decimal.Overflow, decimal.InvalidOperation])
+_ROOT_DIGITS = 60  # with which a root is computed that is written with 40
 _SPELLINGS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-"})
 _TOKEN = re.compile(
     r"[ \t\r\n]*(?:"
@@ -68,7 +68,7 @@ def write(value: Fraction) -> str:
     """`value` in plain decimal notation, without an exponent, trailing zeros or a negative zero.
 
     An integer is written in full. Anything else is rounded to 10 significant digits, or to 2 decimals where that is more
-    (so that the rounding error stays below 0.005). Raises ToolError above 40 integer digits and below 1e-30.
+    (so that the rounding error stays below 0.005). Raises ToolError above 40 integer digits, and for 1e-31 and less but 0.
     """
     whole = abs(value.numerator) // value.denominator
     if whole >= 10**MAX_RESULT_DIGITS:
@@ -157,8 +157,11 @@ def _root(base: Fraction, exponent: Fraction) -> Fraction:
     """base**exponent for a non-integer exponent, to 40 significant digits: exact where the answer is that short."""
     if base < 0:
         raise ToolError("non-integer power of a negative number")
+    # Of a base as near to 1 as 1e-60 the logarithm has its first digit in the sixtieth place: those before it come on top.
+    near = max(0, len(str(base.denominator)) - len(str(abs(base.numerator - base.denominator))) + 1)
+    context = decimal.Context(_ROOT_DIGITS + near, Emax=9999, Emin=-9999, traps=[decimal.Overflow, decimal.InvalidOperation])
     try:
-        result = _APPROXIMATE.power(_decimal(base), _decimal(exponent))
+        result = context.power(_decimal(base, context), _decimal(exponent, context))
     except decimal.DecimalException:
         raise ToolError("exponent too large") from None
     result = result.normalize(decimal.Context(prec=40, Emax=9999, Emin=-9999, traps=[]))
@@ -167,8 +170,8 @@ def _root(base: Fraction, exponent: Fraction) -> Fraction:
     return Fraction(result)
 
 
-def _decimal(value: Fraction) -> decimal.Decimal:
-    return _APPROXIMATE.divide(decimal.Decimal(value.numerator), decimal.Decimal(value.denominator))
+def _decimal(value: Fraction, context: decimal.Context) -> decimal.Decimal:
+    return context.divide(decimal.Decimal(value.numerator), decimal.Decimal(value.denominator))
 
 
 class _Parser:

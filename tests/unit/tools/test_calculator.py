@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from decimal import Decimal
+from decimal import Decimal, localcontext
 from fractions import Fraction
 
 import pytest
@@ -66,6 +66,8 @@ from tools_service.protocol import ToolError, ToolStatus
         ("-0", "0"),
         ("0*-1", "0"),
         ("1/10**20", "0.00000000000000000001"),
+        ("1/(3*10**30)", "0." + "0" * 30 + "3333333333"),
+        ("1.01/10**31", "0." + "0" * 30 + "101"),
         ("10**20", "100000000000000000000"),
         ("10**300/10**300", "1"),
     ],
@@ -88,6 +90,7 @@ def test_results_are_written_as_a_person_writes_them(expression, result):
         ("9" * 401, "number too large"),
         ("10**300*10**300", "number too large"),
         ("10**40", "result too large"),
+        ("1/10**31", "result too small"),
         ("1/10**35", "result too small"),
     ],
 )
@@ -132,6 +135,15 @@ def test_the_deepest_and_longest_allowed_expressions_are_calculated():
     assert calculate("(" * MAX_DEPTH + "1" + ")" * MAX_DEPTH) == "1"
     assert calculate("-" * (MAX_CHARS - 1) + "1") == "-1"
     assert calculate("1+" * (MAX_CHARS // 2 - 1) + "1") == str(MAX_CHARS // 2)
+
+
+@pytest.mark.parametrize("digits", [2, 30, 50, 59, 60, 61, 70, 150, 390])
+def test_a_root_has_forty_digits_however_near_to_one_its_base_is(digits):
+    with localcontext() as context:
+        context.prec = 1000
+        true = (1 + Decimal(10) ** -digits) ** (Decimal(10) ** (digits - 1) + Decimal("0.5")) * 10**36
+    result = calculate(f"(1+10**-{digits})**(10**{digits - 1}+0.5)*10**36")
+    assert len(result) >= 39 and abs(Decimal(result) - true) <= Decimal("0.006")
 
 
 @pytest.mark.parametrize(
