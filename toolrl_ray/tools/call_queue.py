@@ -28,7 +28,7 @@ from tools_service.serve_handles import MAX_TRIES, TransportError, backoff_s
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-BATCHES_IN_FLIGHT = 2  # per replica: one that runs, others on the wire; more would only make the batches smaller
+BATCHES_IN_FLIGHT = 3  # per replica: two that run or end, one on the wire; more would only make the batches smaller
 SLOW_S = 0.2  # after which a request no longer holds a slot of the batches; more than the service takes to break a batch up
 
 
