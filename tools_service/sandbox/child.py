@@ -110,11 +110,11 @@ def new_main() -> types.ModuleType:
 def set_limits(limits: dict[str, float]) -> None:
     """To be called when all modules are loaded: what they take is none of what a snippet takes."""
     global plenty_kib
-    plenty_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + limits["memory_bytes"] // 2048
+    plenty_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + limits["memory_bytes"] // 4096
     tracebacks.max_chars = min(tracebacks.MAX_CHARS, limits["max_output_bytes"] // 4)
 
 
-plenty_kib = 0  # at most in use, below which half of what a snippet may take was never taken
+plenty_kib = 0  # at most in use, below which a quarter of what a snippet may take was never taken: what doubles fails at a third
 
 
 def compiled(code: str, file_name: str) -> types.CodeType:

@@ -34,6 +34,9 @@ sys.path.pop()
 MAX_MESSAGE_BYTES = 1 << 17
 
 
+HAND_OVER = (socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
 @dataclass
 class Child:
     number: int
@@ -94,49 +97,49 @@ class Server:
             self.report_failure(session, error.strerror or str(error))
 
     def fork_child(self, session: bool) -> None:
-        """What can be made before the fork is: a child pays a page of memory for almost every object that it touches."""
-        with contextlib.ExitStack() as kept, contextlib.ExitStack() as passed_on:  # what was made is undone where the rest fails
-            scratch, folder = self.make_scratch(kept)
-            job, job_of_child = socket.socketpair()
-            kept.callback(job.close)
-            passed_on.callback(job_of_child.close)
-            output, output_of_child = os.pipe2(os.O_CLOEXEC)
-            kept.callback(os.close, output)
-            passed_on.callback(os.close, output_of_child)
-            hand_over, hand_over_of_child = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            kept.callback(hand_over.close)
-            passed_on.callback(hand_over_of_child.close)
-            self.watch(hand_over.fileno(), lambda: self.on_locked_down(child))
-            kept.callback(self.unwatch, hand_over.fileno())
-            devnull = os.open(os.devnull, os.O_RDONLY)  # its own: flags and position belong to what was opened, not to who holds it
-            passed_on.callback(os.close, devnull)
+        """Raises OSError, and leaves nothing, where something is lacking. What can be made before the fork is: a child pays a page of
+        memory for almost every object that it touches, as does this process for what it gives up afterwards: here numbers, not sockets."""
+        ends: list[int] = []  # of pairs: this process's own, the child's, and so on
+        passed_on: list[int] = []
+        folder = None
+        # A name that nobody can guess: what can be named can be asked for its size and times, which no rule for files forbids.
+        scratch = f"{base}/{os.urandom(16).hex()}" if (base := self.config["scratch"]) else None
+        if scratch:
+            os.mkdir(scratch, 0o700)
+        try:
+            if scratch:
+                os.chdir(scratch)
+                folder = os.open(scratch, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            ends += (end.detach() for end in socket.socketpair(*HAND_OVER))
+            ends += (end.detach() for end in socket.socketpair())
+            ends += os.pipe2(os.O_CLOEXEC)
+            hand_over, hand_over_of_child, job, job_of_child, output, output_of_child = ends
+            self.watch(hand_over, lambda: self.on_locked_down(child))
+            passed_on.append(devnull := os.open(os.devnull, os.O_RDONLY))  # its own: its flags and position are of what was opened
             ruleset = -1
             if self.confinement.landlock:
-                ruleset = lockdown.file_rules(self.confinement, scratch)
-                passed_on.callback(os.close, ruleset)
-            fds = (hand_over_of_child.fileno(), devnull, output_of_child, output_of_child, job_of_child.fileno())
+                passed_on.append(ruleset := lockdown.file_rules(self.confinement, scratch))
+            fds = (hand_over_of_child, devnull, output_of_child, output_of_child, job_of_child)
             targets = tuple(zip(fds, (self.channel.fileno(), 0, 1, 2, 3), strict=True))  # 3 last: it may be a source
             rlimits = self.rlimits[session]
             parent = os.getpid()
             pid = lockdown.fork()
             if pid == 0:
                 self.be_child(parent, targets, ruleset, rlimits, session)
-            child = self.adopt(pid, scratch=folder, session=session, hand_over=hand_over)
-            kept.pop_all()
-        child.fds_of_owner = (job.detach(), output)
-
-    def make_scratch(self, kept: contextlib.ExitStack) -> tuple[str | None, int | None]:
-        """A folder for one child, by name and as a descriptor; None where there are none."""
-        if not (base := self.config["scratch"]):
-            return None, None
-        # A name that nobody can guess: what can be named can be asked for its size and times, which no rule for files forbids.
-        scratch = f"{base}/{os.urandom(16).hex()}"
-        os.mkdir(scratch, 0o700)
-        kept.callback(os.rmdir, scratch)
-        os.chdir(scratch)
-        folder = os.open(scratch, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        kept.callback(os.close, folder)
-        return scratch, folder
+            child = self.adopt(pid, scratch=folder, session=session, fds_of_owner=(job, output))
+        except OSError:
+            for fd in ends[::2]:
+                self.unwatch(fd)
+                os.close(fd)
+            if folder is not None:
+                os.close(folder)
+            if scratch:
+                os.rmdir(scratch)
+            raise
+        finally:
+            for fd in ends[1::2] + passed_on:
+                os.close(fd)
+        child.hand_over = socket.socket(*HAND_OVER, fileno=hand_over)
 
     def adopt(self, pid: int, **its) -> Child:
         """Takes note of a process that was forked. One that cannot be watched is ended; raises OSError then."""
