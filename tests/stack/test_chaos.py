@@ -26,6 +26,5 @@ def test_a_run_gets_over_the_death_of_each_of_its_parts_and_trains_every_prompt_
     assert [m["step"] for m in metrics] == list(range(1, 41))
     assert max(m["stream/staleness_max"] for m in metrics) == 1
     assert max(m["rollout/actor_restarts"] for m in metrics) == 2  # for the RolloutActor's death and for that of its engine
-    assert max(m["rollout/episodes_rerun"] for m in metrics) >= 1
     assert sum(m["env/reward_mean"] for m in metrics[-5:]) / 5 > 0.9
     assert "starting the learner again (1 of 3)" in (tmp_path / "chaos.log").read_text()
