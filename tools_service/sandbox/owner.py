@@ -150,8 +150,8 @@ class Sandbox:
             self._restarting = None
 
     async def take(self, session: bool = False) -> Child:
-        """A child that is locked down and has no code yet. Raises ZygoteDied where none is forked, for this call or those before it,
-        within 2 * TAKE_S."""
+        """A child that is locked down and has no code yet. Raises ForkFailed where none is forked, for this call or those before it,
+        within 2 * TAKE_S, and ZygoteDied where there is no fork server and none can be started."""
         if not session and self._supply.ready:
             child = self._supply.ready.popleft()
             self._supply.fill()
