@@ -118,12 +118,12 @@ def ray_parts(config: RunConfig, policy_dir: str, say: Callable[[str], None], *,
         is_shared = bool(os.environ.get("RAY_ADDRESS"))
         if weights:
             weights.close()
-        # The tools first: Serve is detached and would outlive this job, the actors would not.
-        for what, undo in [
-            *([] if config.tools.app else [("the tools", lambda: _remove_tools(app_name, tools_start, say))]),
-            *((f"actor {actor}", lambda actor=actor: ray.kill(actor)) for actor in [*rollout_actors, *learners]),
-            ("the placement group", lambda: ray.util.remove_placement_group(group)),
-        ]:
+        undos = [(f"actor {actor}", lambda actor=actor: ray.kill(actor)) for actor in [*rollout_actors, *learners]]
+        if is_shared:  # a Ray of one's own ends anyway, and all that runs on it
+            undos.append(("the placement group", lambda: ray.util.remove_placement_group(group)))
+            if not config.tools.app:  # first: Serve is detached and would outlive this job, the actors would not
+                undos.insert(0, ("the tools", lambda: _remove_tools(app_name, tools_start, say)))
+        for what, undo in undos:
             try:
                 _within(CLOSE_S if is_shared else CLOSE_LOCAL_S, undo)
             except TimeoutError:
@@ -225,10 +225,9 @@ def _remove_tools(app_name: str, start: Future[Any], say: Callable[[str], None])
     def is_there() -> bool:
         return app_name in serve.status().applications
 
-    wait_s = REMOVE_S if os.environ.get("RAY_ADDRESS") else 0.0  # a Ray of one's own ends anyway, and all that runs on it
-    if wait_s and start.running():
+    if start.running():
         say("the tools are still starting; waiting to take them down again")
-    if not _remove_deployed(start, is_there, lambda: stop_tools(app_name, wait=False), wait_s) and wait_s:
+    if not _remove_deployed(start, is_there, lambda: stop_tools(app_name, wait=False), REMOVE_S):
         log.warning("the tools may yet start on the cluster; if so, end them with: toolrl tools stop --app %s", app_name)
 
 

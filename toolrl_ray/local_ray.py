@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import psutil
@@ -26,7 +27,8 @@ def start_local(say: Callable[[str], None] = lambda _: None, **options: Any) -> 
     for left in reversed(range(TRIES)):
         before = set(_children())
         try:
-            ray.init(**options)
+            with _in_groups_of_their_own():
+                ray.init(**options)
         except Exception as error:  # of no class of its own
             _end(set(_children()) - before)
             reason = " ".join(str(error).split())[:200]
@@ -35,6 +37,21 @@ def start_local(say: Callable[[str], None] = lambda _: None, **options: Any) -> 
             say(f"Ray did not start ({reason}): trying again")
         else:
             return
+
+
+@contextlib.contextmanager
+def _in_groups_of_their_own() -> Iterator[None]:
+    """Each of Ray's processes that start meanwhile leads a process group. In this process's own, a signal to that group (of `timeout`,
+    a shell's `kill %1`) would end them before this process can take them down, and a Ray that dies ends this process: status 1, from
+    a thread of Ray's own, without a word. They die with this process nevertheless: Ray asks the kernel for that."""
+    from ray._private import services
+
+    popen = services.ConsolePopen
+    services.ConsolePopen = partial(popen, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = popen
 
 
 def _children() -> list[psutil.Process]:

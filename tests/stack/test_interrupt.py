@@ -18,17 +18,16 @@ SMALL = ["task.num_train=256", "task.num_heldout=8", "eval.num_tasks=8", "bootst
 
 
 @pytest.mark.parametrize(
-    ("engine", "awaited", "sent", "to_all", "code", "word", "keeps_folder"),
+    ("engine", "awaited", "sent", "to_group", "code", "word", "keeps_folder"),
     [
         ("vllm", "starting 1 x vllm", signal.SIGINT, True, 130, "interrupted", False),  # engine, learner and Serve are in mid-start
         ("vllm", "step   2/", signal.SIGTERM, False, 143, "terminated", True),
-        # As a scheduler sends it: also to Ray's own processes, which answer nothing after it.
         ("transformers", "step   2/", signal.SIGTERM, True, 143, "terminated", True),
     ],
-    ids=["ctrl-c-at-start", "sigterm-in-training", "sigterm-to-all"],
+    ids=["ctrl-c-at-start", "sigterm-in-training", "sigterm-to-the-group"],
 )
 def test_an_interrupted_run_ends_soon_and_leaves_no_process(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, engine, awaited, sent, to_all, code, word, keeps_folder
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, engine, awaited, sent, to_group, code, word, keeps_folder
 ) -> None:
     run_dir = tmp_path / "run"
     cache = str(tmp_path_factory.getbasetemp() / "cache")
@@ -52,8 +51,9 @@ def test_an_interrupted_run_ends_soon_and_leaves_no_process(
         assert awaited in seen[-1], "".join(seen)
         time.sleep(1)
         family = psutil.Process(process.pid).children(recursive=True)
-        assert family
-        os.killpg(process.pid, sent) if to_all else process.send_signal(sent)
+        rays = [p for p in family if p.name() in ("gcs_server", "raylet")]
+        assert len(rays) == 2 and all(os.getpgid(p.pid) != process.pid for p in rays), "a signal to the group is the driver's alone"
+        os.killpg(process.pid, sent) if to_group else process.send_signal(sent)
         rest, _ = process.communicate(timeout=60)
     finally:
         process.kill()
