@@ -72,9 +72,9 @@ def _save(options: argparse.Namespace, result: dict[str, Any], trajectories: lis
     """Writes what can be written. Raises UserError for what cannot."""
 
     def write_json(path: str) -> None:
-        aside = Path(f"{path}.writing")
-        aside.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-        os.replace(aside, path)
+        from toolrl_ray.run_dir import write_whole
+
+        write_whole(Path(path), json.dumps(result, indent=1, allow_nan=False) + "\n")
 
     def write_transcripts(path: str) -> None:
         from toolrl_ray.tracking.trajectories import TrajectoryWriter

@@ -185,13 +185,18 @@ def lacking(run_dir: Path, num_bytes: Mapping[str, int]) -> Iterator[str]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace a file by another that is on the disk in full: whoever reads it, after a kill too, finds the old or the new one."""
+    """Replace a file by another that is on the disk in full: whoever reads it, after a kill too, finds the old or the new one.
+    Raises OSError, and leaves nothing behind then."""
     aside = path.with_name(f"{path.name}.writing")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def _lock(run_dir: Path, mode: str) -> str | None:

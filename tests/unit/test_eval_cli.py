@@ -91,6 +91,7 @@ def test_a_file_that_cannot_be_written_costs_neither_the_table_nor_the_other_fil
     (tmp_path / "episodes" / "trajectories.jsonl").unlink()
     assert cli.main(evaluated) == 2
     assert capsys.readouterr().err.startswith("toolrl: --json='result.json' cannot be written (No space left on device)")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["episodes", "result.json"], "the first one's, and nothing half-written"
     assert (tmp_path / "episodes" / "trajectories.jsonl").exists()
 
 

@@ -427,6 +427,6 @@ def test_a_file_that_is_replaced_is_the_old_or_the_new_one_whenever_the_process_
         patch.setattr(os, call, end)
         with pytest.raises(KeyboardInterrupt):
             write_whole(tmp_path / "file", "new")
-    assert (tmp_path / "file").read_text() == "old"
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "old")]
     write_whole(tmp_path / "file", "newer")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "newer")]
