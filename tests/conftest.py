@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
+
+if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
 
 hypothesis.settings.register_profile("toolrl", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("toolrl")
@@ -29,6 +33,19 @@ for name, value in {
 # which a process with a JVM and the threads of gRPC would fork: the child may abort.
 HEARS_CTRL_C = ("env", "--default-signal=INT")
 NO_GPU = "no NVIDIA GPU here that .venv's torch can use; runs where torch.cuda.is_available()"
+
+
+def ray_cluster(**head: Any) -> Cluster:
+    """Ray's Cluster with a head node. Tried again: Ray forks with a preexec_fn, and where this process has threads in gRPC by then the
+    child may abort before it is Ray's; `ray.init` has toolrl_ray.local_ray for that."""
+    from ray.cluster_utils import Cluster
+
+    for left in (2, 1, 0):
+        try:
+            return Cluster(initialize_head=True, head_node_args={"include_dashboard": False, **head})
+        except RuntimeError:
+            if not left:
+                raise
 
 
 def data_dir() -> Path | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from ray.cluster_utils import Cluster
 
+from tests.conftest import ray_cluster
 from toolrl_ray import cluster, recipe
 from toolrl_ray.bootstrap.build import ensure_tiny_policy
 from toolrl_ray.driver import Run
@@ -25,8 +26,8 @@ WAIT_S = 120.0
 class Nodes:
     """Adds a node after step 3, removes it after step 8, and notes how many episodes the second actor held at most in between."""
 
-    def __init__(self, ray_cluster: Cluster, pool):
-        self.cluster, self.pool = ray_cluster, pool
+    def __init__(self, two_nodes: Cluster, pool):
+        self.cluster, self.pool = two_nodes, pool
         self.node = None
         self.most_held = 0
         self.early: list = []  # finished while this waited for the node
@@ -61,19 +62,19 @@ def test_a_rollout_actor_is_taken_in_with_its_node_and_let_go_with_it(
     monkeypatch.setenv("TOOLRL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     settings = recipe.load("calculator", SETTINGS)
     policy_dir = str(ensure_tiny_policy(settings, print))
-    ray_cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    monkeypatch.setenv("RAY_ADDRESS", ray_cluster.address)
+    two_nodes = ray_cluster(num_cpus=2)
+    monkeypatch.setenv("RAY_ADDRESS", two_nodes.address)
     try:
         cluster.connect(settings, print)
         parts = cluster.ray_parts(settings, policy_dir, print)
-        nodes = parts.rollout = Nodes(ray_cluster, parts.rollout)
+        nodes = parts.rollout = Nodes(two_nodes, parts.rollout)
         try:
             Run(settings, tmp_path / "run", policy_dir, nodes.after).train(parts)
         finally:
             parts.close()
     finally:
         cluster.disconnect()
-        ray_cluster.shutdown()
+        two_nodes.shutdown()
     assert nodes.most_held > 0
     assert nodes.pool._book.present == [0]
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -9,8 +9,8 @@ import pytest
 import ray
 from learner_synthetic import run_config
 from ray import cloudpickle
-from ray.cluster_utils import Cluster
 
+from tests.conftest import ray_cluster
 from toolrl_ray.errors import LearnerLost
 from toolrl_ray.weights.sync import WeightSync
 
@@ -48,7 +48,7 @@ class Engine:
 
 
 def test_weights_that_went_with_their_node_are_a_lost_learner_and_cost_no_engine() -> None:
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "resources": {"engine": 1}, "include_dashboard": False})
+    cluster = ray_cluster(num_cpus=1, resources={"engine": 1})
     try:
         node = cluster.add_node(num_cpus=1, resources={"learner": 1})
         ray.init(address=cluster.address, log_to_driver=False)
