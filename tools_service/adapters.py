@@ -94,6 +94,8 @@ def check_arguments(parameters: Mapping[str, Any], arguments: Mapping[str, Any])
 
 def valid_text(text: str) -> str:
     """Text that UTF-8 can carry: pairs of surrogates are joined, lone ones replaced."""
+    if text.isascii():
+        return str(text)
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
+from tools_service.adapters import valid_text
 from tools_service.protocol import AsyncTool, Tool, ToolCall, ToolResult, ToolStatus
 from tools_service.runner import MAX_OUTPUT_CHARS, ends_program, failed, not_text, run_tool, tool_info
 
@@ -163,9 +164,8 @@ class Executor:
     def _sound(self, call: ToolCall, result: object) -> ToolResult:
         if not isinstance(result, ToolResult) or not isinstance(result.text, str):
             return not_text(self.info.name, call.argument, result)
-        if len(result.text) > MAX_OUTPUT_CHARS:
-            return replace(result, text=result.text[:MAX_OUTPUT_CHARS], truncated=True)
-        return result
+        cut = len(result.text) > MAX_OUTPUT_CHARS
+        return replace(result, text=valid_text(result.text[:MAX_OUTPUT_CHARS]), truncated=result.truncated or cut)
 
     async def check(self) -> None:
         """Raises UnhealthyTool unless the tool answers its `probe` (an optional attribute: an argument). A tool that sheds load is

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from tools_service.adapters import valid_text
 from tools_service.loading import LoadingError
 from tools_service.protocol import AsyncTool, Tool, ToolError, ToolResult, ToolStatus
 
@@ -87,7 +88,7 @@ def run_tool(tool: Tool, argument: str) -> ToolResult:
     if not isinstance(output, str):
         return not_text(tool.name, argument, output, time.perf_counter() - start)
     truncated = len(output) > MAX_OUTPUT_CHARS
-    return ToolResult(ToolStatus.OK, output[:MAX_OUTPUT_CHARS], time.perf_counter() - start, truncated)
+    return ToolResult(ToolStatus.OK, valid_text(output[:MAX_OUTPUT_CHARS]), time.perf_counter() - start, truncated)
 
 
 def ends_program(error: BaseException) -> bool:
@@ -100,7 +101,7 @@ def failed(name: str, argument: str, error: BaseException, latency_s: float = 0.
     if isinstance(error, ToolError):
         # A tool cannot report an error as a success.
         status = ToolStatus.TOOL_ERROR if error.status is ToolStatus.OK else error.status
-        return ToolResult(status, str(error.message)[:MAX_MESSAGE_CHARS], latency_s)
+        return ToolResult(status, valid_text(str(error.message)[:MAX_MESSAGE_CHARS]), latency_s)
     logger.warning("tool %s raised on %.200r", name, argument, exc_info=error)
     return ToolResult(ToolStatus.TOOL_ERROR, f"the tool failed with {type(error).__name__}", latency_s)
 

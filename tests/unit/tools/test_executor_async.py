@@ -113,6 +113,11 @@ def test_output_beyond_the_limit_is_cut_and_marked():
     assert len(result.text) == module.MAX_OUTPUT_CHARS and result.truncated
 
 
+def test_output_that_is_no_unicode_is_made_so():
+    [result] = run(Scripted(), "half \ud83d")
+    assert result.text == "half \ufffd" and not result.truncated
+
+
 def test_the_tools_own_answer_at_its_deadline_arrives_before_the_callers():
     tool = Scripted()
     [result] = run(tool, "own answer", deadline_s=0.5)

@@ -99,6 +99,17 @@ def test_endless_output_is_cut_and_marked():
     assert result.status is ToolStatus.OK and len(result.text) == MAX_OUTPUT_CHARS and result.truncated
 
 
+def test_output_that_is_no_unicode_is_made_so():
+    def half(argument):
+        if argument == "raise":
+            raise ToolError("half \ud83d")
+        return "half \ud83d, whole \ud83d\ude00"
+
+    half.name, half.description, half.idempotent = "Half", "", True
+    assert run_tool(half, "").text == "half \ufffd, whole 😀"
+    assert run_tool(half, "raise").text == "half \ufffd"
+
+
 def test_the_calculator_carries_its_own_name_and_answers_its_probe():
     tool = builtin_tools()["SimpleCalculatorTool"]()
     assert tool_info(tool).name == "SimpleCalculatorTool"

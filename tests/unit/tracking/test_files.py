@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from toolrl_ray.tracking import jsonl
+from toolrl_ray.tracking.jsonl import JsonLines
 from toolrl_ray.tracking.metrics import MetricsWriter, load_metrics
 from toolrl_ray.tracking.trajectories import TrajectoryWriter, from_record, load_trajectories, to_record
 from toolrl_ray.types import NO_VERSION, EpisodeRequest, Segment, SegmentKind, StopReason, Task, ToolCallRecord, Trajectory
@@ -93,6 +94,14 @@ def test_trajectories_come_back_as_they_were(tmp_path: Path) -> None:
     writer.write(1, [first])
     writer.close()
     assert load_trajectories(tmp_path / "trajectories.jsonl") == [(0, first), (0, second), (1, first)]
+
+
+def test_text_that_is_no_unicode_does_not_end_the_run(tmp_path: Path) -> None:
+    task = Task("own/1", "\ud83d?", "5", "own")
+    with JsonLines(tmp_path / "trajectories.jsonl") as file:
+        file.append([to_record(3, trajectory(request=EpisodeRequest("3:1:0", "3:1", task), reward=float("nan")))])
+    [record] = jsonl.read(tmp_path / "trajectories.jsonl")
+    assert record["step"] == 3 and record["reward"] is None and "\ufffd?" in json.dumps(record, ensure_ascii=False)
 
 
 def test_what_an_evaluation_asked_for_comes_back_and_files_from_before_that_was_written_are_read() -> None:
