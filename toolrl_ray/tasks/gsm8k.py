@@ -34,14 +34,15 @@ TOLERANCE = 0.01
 HELDOUT_SHARE = 8  # one generated problem in so many is held out
 DRAWS_PER_TASK = 20  # after which the generator has nothing new
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|\.(?!\d))?"
+NUMERALS = "¹²³⁰-₉¼-¾⅐-↉①-⓿"  # fractions, powers and the like, which are no words that a number counts
 SCALES = {"k": 1e3, "thousand": 1e3, "million": 1e6, "billion": 1e9}
 # A sign and a currency in either order, a number or a fraction, how many of it, and what it counts: no second number. A k is a thousand
 # only directly behind the number: `5k`, not `5 k` or `5km`.
 # Possessive (++, *+), so that what a policy writes at length is read in a time that grows no faster than it.
 AMOUNT = re.compile(
-    rf"(?P<sign>[-+−]?+\s*+[$€£¥₹]?+\s*+[-+−]?+)\s*+(?P<number>{DIGITS})(?P<exponent>[eE][-+]?\d++)?(?:\s*+/\s*+(?P<divisor>\d++))?"
+    rf"(?P<sign>[-+−–]?+\s*+[$€£¥₹]?+\s*+[-+−–]?+)\s*+(?P<number>{DIGITS})(?P<exponent>[eE][-+]?\d++)?(?:\s*+/\s*+(?P<divisor>\d++))?"
     r"(?:(?P<scale>(?ai:k|\s*+(?:thousand|million|billion)s?))(?![^\W_]))?"
-    r"\s*+(?:[%$€£¥₹°]|[/°]?+\s*+[^\W\d_][^\d<>]*)?[.!]?"
+    rf"\s*+(?:[%$€£¥₹°]|[/°]?+\s*+(?![{NUMERALS}])[^\W\d_][^\d<>]*)?[.!]?"
 )
 RESULT = re.compile(r"Result=((?:(?!Result=)[^<>])*+)(?:<submit>|$)")
 FINAL = re.compile(r"####\s*(.+?)\s*$")
@@ -108,7 +109,7 @@ def amount(text: str) -> float | None:
     match = AMOUNT.fullmatch(text.strip())
     if match is None or not any(character.isdigit() for character in match["number"]):
         return None
-    signs = re.sub("[^-+−]", "", match["sign"])
+    signs = re.sub("[^-+−–]", "", match["sign"])
     value = float(match["number"].replace(",", "") + (match["exponent"] or ""))
     if match["divisor"] is not None:
         divisor = float(match["divisor"])  # int() refuses thousands of digits
@@ -119,7 +120,7 @@ def amount(text: str) -> float | None:
         value *= SCALES[match["scale"].strip().lower().rstrip("s")]
     if len(signs) > 1 or not math.isfinite(value):
         return None
-    return -value if signs in ("-", "−") else value
+    return -value if signs in ("-", "−", "–") else value
 
 
 def load_tasks(config: TaskConfig) -> tuple[list[Task], list[Task]]:

@@ -29,7 +29,7 @@ from tools_service.adapters import valid_text
 TOOL = "Wiki"
 WANTED = "question and answers (a list of texts)"
 HELDOUT_SHARE = 8  # one person, or one question of a file without published splits, in so many is held out
-TRAIN_SPLITS, HELDOUT_SPLITS = ("train",), ("validation", "dev", "test")
+TRAIN_SPLITS, HELDOUT_SPLITS = ("train",), ("validation", "valid", "val", "dev", "test")
 RESULT = re.compile(r"Result=((?:(?!Result=|<submit>).)*)(?:<submit>|$)", re.DOTALL)
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = string.punctuation + "‘’´"
@@ -112,9 +112,9 @@ def load_tasks(config: TaskConfig) -> tuple[list[Task], list[Task]]:
 
     source generated: about the people of facts.world(seed); a person is in one of the two. triviaqa: from the Hub's
     mandarjoshi/trivia_qa with its published splits, or the JSON-lines file task.path (.xz or not), whose rows may name their split:
-    train, or validation, dev or test. Those that name none of these are shared out by the question's hash, one in HELDOUT_SHARE held out.
-    Questions without an answer that could be found are left out. Training tasks are task.num_train at most, or all that there are.
-    Raises ConfigError when there are fewer held-out tasks than asked for, or a line of the file is not as it must be.
+    train, or validation (valid, val), dev or test. Those that name none of these are shared out by the question's hash, one in
+    HELDOUT_SHARE held out. Questions without an answer that could be found are left out. Training tasks are task.num_train at most, or
+    all that there are. Raises ConfigError when there are fewer held-out tasks than asked for, or a line of the file is not as it must be.
     """
     if config.source == "gsm8k":
         raise ConfigError("task.source='gsm8k' is none of this task's; sources: generated, triviaqa")

@@ -137,6 +137,13 @@ def write(path: Path, rows: list[object]) -> Path:
     return path
 
 
+@pytest.mark.parametrize("name", ["dev", "val", "valid", "Validation", "test"])
+def test_rows_of_a_held_out_split_are_not_trained_on_however_it_is_called(tmp_path: Path, name: str) -> None:
+    rows = [{"question": f"q{i}", "answers": ["x"], "split": name if i % 2 else "train"} for i in range(40)]
+    train, heldout = load_tasks(TaskConfig(source="triviaqa", path=str(write(tmp_path / "q.jsonl", rows)), num_heldout=20))
+    assert {task.prompt for task in heldout} == {f"q{i}" for i in range(1, 40, 2)} and len(train) == 20
+
+
 @pytest.mark.parametrize("name", ["questions.jsonl", "questions.jsonl.xz"])
 def test_a_file_keeps_its_splits_and_shares_out_rows_without_one(tmp_path: Path, name: str) -> None:
     rows = [{"question": f"q{i}", "answers": ["x", "b"], "split": "train" if i < 5 else "dev"} for i in range(10)]
