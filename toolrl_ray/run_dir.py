@@ -237,7 +237,7 @@ def _noted_owner(run_dir: Path, file: IO[str]) -> str | None:
 
 def _resumed(run_dir: Path, overrides: Sequence[str]) -> tuple[RunConfig, RunConfig]:
     """The saved configuration, and that with the overrides."""
-    source, here = str(run_dir / "config.yaml"), f"run_dir={json.dumps(str(run_dir))}"
+    source, here = str(run_dir / "config.yaml"), f"run_dir={json.dumps(str(run_dir), ensure_ascii=False)}"
     try:
         saved = load(source, [here])
     except ConfigError as error:

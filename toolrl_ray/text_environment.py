@@ -33,7 +33,7 @@ from toolrl_ray.types import EpisodeRequest, Task, Trajectory
 __all__ = ["PPOConfig", "PPOTrainer", "TextEnvironment", "TextHistory"]
 
 MAX_BATCH = 32  # episodes that are sampled together
-DEADLINE_S = 3600.0  # of a turn and of an episode
+NO_DEADLINE_S = 1e9  # of a turn and of an episode: most of a large run waits in line, and the engine is in this process
 NO_LIMIT = 2**31  # tokens of an episode, where neither max_length nor the model says how many
 
 
@@ -159,8 +159,8 @@ class TextEnvironment:
             max_observation_tokens=4 * self.max_tool_response + 4,  # a character is at most four bytes, each a token at worst
             max_context_tokens=min(self.max_length or NO_LIMIT, max_positions(self._policy.config) or NO_LIMIT),
             tool_deadline_s=self.tool_timeout_s,
-            turn_deadline_s=DEADLINE_S,
-            episode_deadline_s=DEADLINE_S,
+            turn_deadline_s=NO_DEADLINE_S,
+            episode_deadline_s=NO_DEADLINE_S,
         )
         return limits, temperature
 

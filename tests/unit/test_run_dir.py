@@ -224,6 +224,11 @@ def test_a_folder_that_was_moved_is_the_run_folder_where_it_is_now(tmp_path: Pat
     assert reopen(Path("new")).run_dir == str(tmp_path / "new")
 
 
+def test_a_folder_may_have_any_characters(tmp_path: Path) -> None:
+    run_dir = interrupted(tmp_path / "run-🚀")
+    assert reopen(run_dir).run_dir == str(run_dir)
+
+
 def test_a_finished_run_is_refused_unless_it_is_to_go_on_longer(tmp_path: Path) -> None:
     run_dir = interrupted(tmp_path / "run", "train.num_steps=6")
     (run_dir / "policy").mkdir()
