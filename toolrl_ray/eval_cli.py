@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from toolrl_ray.errors import UserError
 from toolrl_ray.types import Trajectory
@@ -47,7 +50,8 @@ def evaluate_policy(options: argparse.Namespace) -> int:
     if options.policy is not None:
         if others := [override for override in options.overrides if override.startswith("policy.path=")]:
             raise UserError(f"--policy={options.policy!r} contradicts {others[-1]!r}: each names a policy; take one of them away")
-        options.overrides.append(f"policy.path={json.dumps(options.policy)}")
+        quoted = yaml.safe_dump(options.policy, default_style='"', width=math.inf).strip()  # JSON's surrogate pairs are no YAML
+        options.overrides.append(f"policy.path={quoted}")
     config = load(options)
     num_samples = DEFAULT_SAMPLES if config.eval.num_samples is None else config.eval.num_samples
     _check_outputs(options)

@@ -105,6 +105,12 @@ def test_what_json_does_not_know_is_not_written_as_json(
     assert not list(tmp_path.glob("result.json*"))
 
 
+@pytest.mark.parametrize("policy", ["runs/🚀/policy", "größe", "a\x85b\x7f", "a 'b' \"c\" \\", "null"])
+def test_a_policy_may_have_any_name(policy: str, evaluated: list[str], tmp_path: Path) -> None:
+    assert cli.main([*evaluated, "--policy", policy]) == 0
+    assert json.loads((tmp_path / "result.json").read_text())["policy"] == policy
+
+
 @pytest.mark.parametrize("option", ["--json", "--transcripts"])
 def test_a_folder_that_cannot_be_written_is_told_before_the_evaluation(
     option: str, evaluated: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
