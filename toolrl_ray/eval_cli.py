@@ -16,6 +16,7 @@ import yaml
 from toolrl_ray.errors import UserError
 from toolrl_ray.types import Trajectory
 
+STDOUT = "/dev/fd/1"
 DEFAULT_SAMPLES = 4  # per task, where eval.num_samples is null
 
 Numbers = Mapping[str, float]
@@ -78,7 +79,12 @@ def _save(options: argparse.Namespace, result: dict[str, Any], trajectories: lis
     def write_json(path: str) -> None:
         from toolrl_ray.run_dir import write_whole
 
-        write_whole(Path(path), json.dumps(result, indent=1, allow_nan=False) + "\n")
+        text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+        if _is_stream(path):
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(text)
+        else:
+            write_whole(Path(os.path.realpath(path)), text)
 
     def write_transcripts(path: str) -> None:
         from toolrl_ray.tracking.trajectories import TrajectoryWriter
@@ -97,12 +103,23 @@ def _save(options: argparse.Namespace, result: dict[str, Any], trajectories: lis
         raise UserError(f"{'; '.join(failed)}; the evaluation is done, its table stands above")
 
 
+def _is_stream(path: str) -> bool:
+    """Whether it is written to, not replaced: a device, a pipe, or where the table goes too."""
+    if not os.path.exists(path) or os.path.isdir(path):
+        return False
+    return not os.path.isfile(path) or os.path.realpath(path) == os.path.realpath(STDOUT)
+
+
 def _check_outputs(options: argparse.Namespace) -> None:
     """Before anything starts. Raises UserError."""
     for option, path in (("--json", options.json), ("--transcripts", options.transcripts)):
         if path is None:
             continue
-        parent = Path(path).absolute().parent
+        if option == "--json" and _is_stream(path):
+            if not os.access(path, os.W_OK):
+                raise UserError(f"--json={path!r} cannot be written; name another")
+            continue
+        parent = Path(os.path.realpath(path)).parent
         if not parent.is_dir():
             raise UserError(f"{option}={path!r}: no folder {str(parent)!r}; make it first")
         folder = Path(path) if option == "--transcripts" and Path(path).is_dir() else parent

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,46 @@ def test_what_json_does_not_know_is_not_written_as_json(
     said = capsys.readouterr()
     assert said.err.startswith("toolrl: --json='result.json' cannot be written (Out of range float values") and "Traceback" not in said.err
     assert not list(tmp_path.glob("result.json*"))
+
+
+def test_a_link_is_followed(evaluated: list[str], tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "result.json").symlink_to("elsewhere/target.json")
+    for _ in range(2):  # the target is made, and replaced
+        assert cli.main(evaluated[:4]) == 0
+        assert (tmp_path / "result.json").is_symlink()
+        assert json.loads((tmp_path / "elsewhere" / "target.json").read_text())["accuracy"] == 0.5
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["target.json"]
+
+
+def test_a_pipe_is_written_to_wherever_it_stands(evaluated: list[str], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "result.json")
+    reader = os.open("result.json", os.O_RDONLY | os.O_NONBLOCK)
+    made_by_the_shell, writer = os.pipe()
+    for path, end in (("result.json", reader), (f"/dev/fd/{writer}", made_by_the_shell)):
+        assert cli.main(["eval", "calculator", "--json", path]) == 0
+        assert json.loads(os.read(end, 65536))["accuracy"] == 0.5
+    assert stat.S_ISFIFO(os.stat("result.json").st_mode)
+    for descriptor in (reader, made_by_the_shell, writer):
+        os.close(descriptor)
+
+
+def test_stdout_has_the_result_behind_the_table_in_a_file_too(evaluated: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert stat.S_ISREG(os.fstat(1).st_mode), "as with > FILE"
+    Path("stdout").symlink_to("/dev/fd/1")  # not that of /dev, which a failure here would replace
+    assert cli.main(["eval", "calculator", "--json", "stdout"]) == 0
+    table, brace, result = capfd.readouterr().out.partition("{")
+    assert "gained by the tools" in table and json.loads(brace + result)["accuracy"] == 0.5
+
+
+def test_what_is_no_file_and_cannot_be_written_is_told_before_the_evaluation(
+    evaluated: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "with_parts", lambda *_: pytest.fail("begun"))
+    monkeypatch.setattr("toolrl_ray.eval_cli.os.access", lambda path, mode: False)
+    os.mkfifo("pipe")
+    assert cli.main(["eval", "calculator", "--json", "pipe"]) == 2
+    assert capsys.readouterr().err.startswith("toolrl: --json='pipe' cannot be written; name another")
 
 
 @pytest.mark.parametrize("policy", ["runs/🚀/policy", "größe", "a\x85b\x7f", "a 'b' \"c\" \\", "null"])
