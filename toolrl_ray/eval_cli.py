@@ -133,6 +133,9 @@ def _check_outputs(options: argparse.Namespace) -> None:
             raise UserError(f"--transcripts={options.transcripts!r} is a file; name a folder")
         if (folder / "trajectories.jsonl").exists():
             raise UserError(f"--transcripts={options.transcripts!r} has a trajectories.jsonl already; name another folder")
+        taken = [os.path.realpath(path) for path in (folder, folder / "trajectories.jsonl")]
+        if options.json is not None and os.path.realpath(options.json) in taken:
+            raise UserError(f"--json={options.json!r} is in the way of --transcripts={options.transcripts!r}; name another file")
 
 
 def render(result: Numbers) -> str:

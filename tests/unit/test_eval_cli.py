@@ -153,6 +153,16 @@ def test_a_policy_may_have_any_name(policy: str, evaluated: list[str], tmp_path:
     assert json.loads((tmp_path / "result.json").read_text())["policy"] == policy
 
 
+@pytest.mark.parametrize("path, folder", [("out", "out"), ("out", "./out/"), ("made/trajectories.jsonl", "made")])
+def test_two_outputs_on_one_path_are_refused_before_the_evaluation(
+    path: str, folder: str, evaluated: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "with_parts", lambda *_: pytest.fail("begun"))
+    Path("made").mkdir()
+    assert cli.main(["eval", "calculator", "--json", path, "--transcripts", folder]) == 2
+    assert capsys.readouterr().err.startswith(f"toolrl: --json={path!r} is in the way of --transcripts={folder!r}; name another file")
+
+
 @pytest.mark.parametrize("option", ["--json", "--transcripts"])
 def test_a_folder_that_cannot_be_written_is_told_before_the_evaluation(
     option: str, evaluated: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
