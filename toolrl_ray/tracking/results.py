@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -41,8 +43,9 @@ class RunResult:
 
 
 def curve(rows: Sequence[Mapping[str, Any]], metric: str, step_key: str = "step") -> list[tuple[int, float]]:
-    """The steps at which the metric has a value (a NaN has none)."""
-    return [(row[step_key], float(row[metric])) for row in rows if row.get(metric) is not None]
+    """The steps at which the metric is a finite number: a NaN, which W&B tells as text, is no value, and neither is any other text."""
+    values = [(row[step_key], row[metric]) for row in rows if row.get(metric) is not None]
+    return [(step, float(value)) for step, value in values if isinstance(value, Real) and math.isfinite(value)]
 
 
 def read_run(folder: Path, run: PlannedRun, metrics: Sequence[str]) -> RunResult:

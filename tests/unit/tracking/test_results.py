@@ -13,7 +13,7 @@ from toolrl_ray import cli, sweep
 from toolrl_ray.errors import UserError
 from toolrl_ray.sweep import State
 from toolrl_ray.tracking import wandb_read
-from toolrl_ray.tracking.results import RunResult, markdown, read_run, summarise, table_csv
+from toolrl_ray.tracking.results import RunResult, curve, markdown, read_run, summarise, table_csv
 
 REWARD = "env/reward_mean"
 
@@ -48,6 +48,21 @@ def test_a_run_is_read_from_its_folder(tmp_path: Path) -> None:
     (tmp_path / "seed-4" / "eval.json").write_text(json.dumps(evaluations))
     curves = {REWARD: [(1, 0.5), (2, 0.75)], "objective/kl": [(2, 0.125)]}
     assert read_run(tmp_path, run, ["objective/kl"]) == RunResult("calculator", 4, State.DONE, curves, 0.25, 0.875, 1.0, 10.0)
+
+
+def test_a_curve_has_numbers_alone() -> None:
+    values = [0.5, 1, True, None, "NaN", float("nan"), "Infinity", float("inf"), "object_store"]
+    rows = [{"_step": step, "m": value} for step, value in enumerate(values)] + [{"_step": len(values)}]
+    assert curve(rows, "m", "_step") == [(0, 0.5), (1, 1.0), (2, 1.0)]
+
+
+def test_a_metric_of_text_has_no_values_and_the_run_stays_good(tmp_path: Path) -> None:
+    (run,) = sweep.plan(sweep.make_study("calculator", [], [0]), tmp_path)
+    (tmp_path / run.name).mkdir()
+    (tmp_path / run.name / "metrics.jsonl").write_text('{"step": 1, "env/reward_mean": 0.5, "weights/backend": "object_store"}\n')
+    (tmp_path / run.name / "eval.json").write_text('{"after": {"accuracy": 0.5}}')
+    result = read_run(tmp_path, run, ["weights/backend"])
+    assert (result.state, result.problem, result.curves) == (State.DONE, "", {REWARD: [(1, 0.5)], "weights/backend": []})
 
 
 @pytest.mark.parametrize(
