@@ -16,7 +16,13 @@ from toolrl_ray.intervals import CONFIDENCE, NUM_RESAMPLES
 from toolrl_ray.sweep import State
 from toolrl_ray.tracking.results import RunResult
 
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "toolrl", "axes.spines.top": False, "axes.spines.right": False}
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "toolrl",
+    "text.parse_math": False,  # names may have a $
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 PANEL_INCHES = (6.4, 4.0)
 LABELS = {"env/reward_mean": "mean reward of the step's episodes", "objective/kl": "KL to the reference, nats per episode"}
 

@@ -93,3 +93,10 @@ def test_the_same_results_give_the_same_svg(tmp_path: Path) -> None:
 def test_a_metric_that_no_run_has_leaves_its_panel_empty_and_says_so(tmp_path: Path) -> None:
     _, svg = plots.draw([result("a", 0, [0.5, 0.6])], [REWARD, "no/metric"], "t", tmp_path)
     assert svg.read_text().count(">no values<") == 1
+
+
+@pytest.mark.parametrize("name", [r"system=a $\frac{$ b", "system=$5 or $6", "system=one $"])
+def test_a_dollar_in_a_name_is_a_dollar(name: str, tmp_path: Path) -> None:
+    _, svg = plots.draw([result(name, 0, [0.5, 0.6])], [REWARD, f"{name}/metric"], name, tmp_path)
+    texts = re.findall(r"<text[^>]*>([^<]+)</text>", svg.read_text())
+    assert {name, f"{name}/metric", f"{name}: mean of 1 seeds, 95 % interval"} <= set(texts)
