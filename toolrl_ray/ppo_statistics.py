@@ -1,8 +1,8 @@
 """What `PPOTrainer.step` returns: the statistics of TRL's trainer, under its names, from what the learner tells.
 
-Letters: B = rows, A = trained tokens of the longest row. The distributions are numpy arrays: objective/kl_dist [B]; objective/logprobs
-and objective/ref_logprobs [B, A], over a row's trained tokens, 0 behind them; ppo/policy/advantages, over all trained tokens;
-tokens/queries_dist and tokens/responses_dist [B].
+Letters: B = rows, A = trained tokens of the longest row (at least 1). The distributions are numpy arrays: objective/kl_dist [B];
+objective/logprobs and objective/ref_logprobs [B, A], over a row's trained tokens, 0 behind them; ppo/policy/advantages, over all
+trained tokens; tokens/queries_dist and tokens/responses_dist [B].
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from toolrl_ray.learner.batch import Batch
 from toolrl_ray.learner.targets import Targets
 
 
-def update_statistics(metrics: dict[str, float], config: RunConfig, seen: tuple[Batch, Targets] | None) -> dict[str, Any]:
+def update_statistics(metrics: dict[str, float], config: RunConfig, num_rows: int, seen: tuple[Batch, Targets] | None) -> dict[str, Any]:
     """metrics: what `Learner.update` returned. seen: its batch and targets, None where nothing was trained; then all that it would tell
     is 0. ppo/loss/*, ppo/policy/entropy, approxkl and the clip fractions are means over the update's minibatches; the rest is of
     the policy before the update."""
@@ -45,8 +45,8 @@ def update_statistics(metrics: dict[str, float], config: RunConfig, seen: tuple[
         "time/ppo/total": metrics["time/learner_update_s"],
     }
     if seen is None:
-        mask = torch.zeros(1, 1, dtype=torch.bool)
-        old = reference = advantages = returns = values = torch.zeros(1, 1)
+        mask = torch.zeros(num_rows, 1, dtype=torch.bool)
+        old = reference = advantages = returns = values = torch.zeros(num_rows, 1)
     else:
         batch, targets = seen
         mask, old, reference = batch.mask, targets.old_logprobs, targets.ref_logprobs

@@ -160,7 +160,7 @@ class PPOTrainer:
         self._num_steps += 1
         with eval_mode(self._lm):  # ratios are only right without dropout
             metrics = self._learner.update(rows)
-        statistics = update_statistics(metrics, self._learner.config, self._learner.seen)
+        statistics = update_statistics(metrics, self._learner.config, len(rows), self._learner.seen)
         return statistics | row_statistics(queries, responses, [row.reward for row in rows])
 
     def save_pretrained(self, directory: str) -> None:

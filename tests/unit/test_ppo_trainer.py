@@ -179,8 +179,14 @@ def test_a_batch_without_any_trained_token_changes_nothing_and_has_the_same_stat
     before = weights(x.model)
     queries, responses, scores, masks = tensors(ROWS)
     statistics = x.step(queries, responses, scores, [torch.zeros_like(mask) for mask in masks])
-    assert distance(before, weights(x.model)) == 0 and set(statistics) == set(x.step(queries, responses, scores, masks))
+    assert distance(before, weights(x.model)) == 0
+    trained = x.step(queries, responses, scores, masks)
+    assert set(statistics) == set(trained)
     assert all(np.isfinite(value).all() for value in statistics.values())
+    assert {name: value.shape for name, value in statistics.items() if isinstance(value, np.ndarray)} == {
+        **{name: (8,) for name, value in trained.items() if isinstance(value, np.ndarray)},
+        **{"objective/logprobs": (8, 1), "objective/ref_logprobs": (8, 1), "ppo/policy/advantages": (0,)},
+    }
 
 
 def test_without_masks_the_whole_response_is_trained():
