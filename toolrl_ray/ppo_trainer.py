@@ -170,6 +170,10 @@ class PPOTrainer:
             self.tokenizer.save_pretrained(directory)
 
     def _trajectories(self, queries: Any, responses: Any, scores: Any, masks: Any) -> list[Trajectory]:
+        for name, tensors in (("query", queries), ("response", responses), ("mask", () if masks is None else masks)):
+            for i, tensor in enumerate(tensors):
+                if tensor.ndim != 1:
+                    raise ConfigError(f"row {i}: the {name} has shape {list(tensor.shape)}; give one dimension, a row's tokens alone")
         masks = [torch.ones(len(response)) for response in responses] if masks is None else masks
         counts = {"queries": len(queries), "responses": len(responses), "scores": len(scores), "response_masks": len(masks)}
         if set(counts.values()) != {self.config.batch_size}:

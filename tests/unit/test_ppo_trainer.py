@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 
 import numpy as np
 import pytest
@@ -271,6 +272,12 @@ def test_rows_that_do_not_fit_together_are_refused_in_one_line():
         x.step(queries[:7], responses, scores, masks)
     with pytest.raises(ConfigError, match="row 0: the mask has 1 entries"):
         x.step(queries, responses, scores, [ids(1), *masks[1:]])
+    rows = {"query": queries, "response": responses, "mask": masks}
+    for name, own in rows.items():
+        for wrong, shape in ((own[1][None], [1, len(own[1])]), (torch.tensor(3), [])):
+            others = rows | {name: [own[0], wrong, *own[2:]]}
+            with pytest.raises(ConfigError, match=f"^row 1: the {name} has shape {re.escape(str(shape))}; give one dimension"):
+                x.step(others["query"], others["response"], scores, others["mask"])
     with pytest.raises(LearnerError, match="reward=nan"):
         x.step(queries, responses, [math.nan] * 8, masks)
 
