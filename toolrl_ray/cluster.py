@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 import threading
 import time
@@ -16,7 +15,7 @@ from typing import Any
 
 from toolrl_ray.config import LearnerConfig, RolloutConfig, RunConfig
 from toolrl_ray.errors import PlacementError, UserError
-from toolrl_ray.local_ray import start_local
+from toolrl_ray.local_ray import own_sigterm, start_local
 from toolrl_ray.parts import Parts
 from toolrl_ray.placement import check, plan, reserve
 from toolrl_ray.run_dir import write_whole
@@ -53,7 +52,6 @@ def reach(address: str | None, say: Callable[[str], None], *, verbose: bool = Fa
     from ray.exceptions import AuthenticationError
 
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
-    on_sigterm = signal.getsignal(signal.SIGTERM)
     if not address:
         say("starting a local Ray")
         start_local(say, object_store_memory=LOCAL_OBJECT_STORE_BYTES, **options)
@@ -61,13 +59,12 @@ def reach(address: str | None, say: Callable[[str], None], *, verbose: bool = Fa
         say(f"connecting to the Ray cluster at {address}")
         check_reachable(address)
         try:
-            ray.init(address=address, **options)
+            with own_sigterm():
+                ray.init(address=address, **options)
         except AuthenticationError:
             raise UserError(f"the cluster at {address} wants a token: export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN=...") from None
         except Exception as error:  # of no class of its own
             raise UserError(f"no Ray cluster answers at {address!r}: {' '.join(str(error).split())[:200]}") from None
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own handler in the place of the caller's
 
 
 def check_reachable(address: str) -> None:

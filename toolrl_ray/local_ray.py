@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import secrets
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -23,11 +28,12 @@ def start_local(say: Callable[[str], None] = lambda _: None, **options: Any) -> 
     """
     import ray
 
+    _have_token()
     options = {"address": "local", "include_dashboard": False, **options}
     for left in reversed(range(TRIES)):
         before = set(_children())
         try:
-            with _in_groups_of_their_own():
+            with own_sigterm(), _in_groups_of_their_own():
                 ray.init(**options)
         except Exception as error:  # of no class of its own
             _end(set(_children()) - before)
@@ -52,6 +58,34 @@ def _in_groups_of_their_own() -> Iterator[None]:
         yield
     finally:
         services.ConsolePopen = popen
+
+
+@contextlib.contextmanager
+def own_sigterm() -> Iterator[None]:
+    """SIGTERM is this process's own also while `ray.init` runs, which puts a handler there that exits without a word, with status 15. Its
+    C++ part puts one there that aborts with a dump: that one is there until `ray.init` is over."""
+    from ray._private import utils
+
+    handler, set_handler = signal.getsignal(signal.SIGTERM), utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda _: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = set_handler
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+
+
+def _have_token() -> None:
+    """Ray makes a token and keeps it in ~/.ray, without which it does not start: where nothing can be kept there, this process's own."""
+    try:
+        folder = Path.home() / ".ray"
+        folder.mkdir(exist_ok=True)
+        is_kept = os.access(folder, os.W_OK)
+    except (OSError, RuntimeError):
+        is_kept = False
+    if not is_kept and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def _children() -> list[psutil.Process]:

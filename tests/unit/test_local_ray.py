@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
+import sys
 
 import psutil
 import pytest
 import ray
+from ray._private import utils
 
 from toolrl_ray import local_ray
 from toolrl_ray.errors import UserError
@@ -52,3 +56,33 @@ def test_a_ray_that_never_starts_is_one_line(monkeypatch) -> None:
     assert len(slow.left) == len(slow.options) == local_ray.TRIES
     for process in slow.left:
         process.wait(5)
+
+
+def test_sigterm_is_this_processes_own_also_while_ray_starts(monkeypatch) -> None:
+    def arrived(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def init(**_: object) -> None:  # as Ray does: a handler of Python's first, then one of C++
+        utils.set_sigterm_handler(lambda *_: sys.exit(15))
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    handlers, before = [], signal.signal(signal.SIGTERM, arrived)
+    monkeypatch.setattr(ray, "init", init)
+    try:
+        local_ray.start_local()
+        assert handlers == [arrived] and signal.getsignal(signal.SIGTERM) is arrived
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_where_no_token_can_be_kept_the_process_has_its_own(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(ray, "init", lambda **_: None)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "")
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    local_ray.start_local()
+    assert "RAY_AUTH_TOKEN" not in os.environ
+    monkeypatch.setenv("HOME", str(tmp_path / "nowhere"))
+    local_ray.start_local()
+    assert len(os.environ["RAY_AUTH_TOKEN"]) >= 32
