@@ -28,7 +28,7 @@ def load_module(spec: str) -> ModuleType:
             absent = isinstance(error, ModuleNotFoundError) and error.name and f"{spec}.".startswith(f"{error.name}.")
             if absent or (isinstance(error, (TypeError, ValueError)) and not _frames(error)):  # not there, or not even a name
                 raise LoadingError(f"no module {spec!r} ({error}); give an importable name or the path of a .py file") from None
-            raise LoadingError(_failure(error)) from None
+            raise LoadingError(failure(error)) from None
     path = Path(spec).absolute()
     if not path.is_file():
         raise LoadingError(f"no file {str(path)!r}")
@@ -43,7 +43,7 @@ def load_module(spec: str) -> ModuleType:
         except BaseException as error:
             del sys.modules[name]
             if isinstance(error, (Exception, SystemExit)):
-                raise LoadingError(_failure(error, path)) from None
+                raise LoadingError(failure(error, path)) from None
             raise
     return sys.modules[name]
 
@@ -59,7 +59,7 @@ def load_name(spec: str) -> Any:
     return getattr(loaded, name)
 
 
-def _failure(error: BaseException, path: Path | None = None) -> str:
+def failure(error: BaseException, path: Path | None = None) -> str:
     """`FILE, line N: CLASS: MESSAGE`: the last line reached in the person's file, not the one in a library that it called."""
     place, frames = str(path or ""), _frames(error)
     if isinstance(error, SyntaxError) and error.filename and error.lineno:

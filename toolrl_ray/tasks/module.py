@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from types import SimpleNamespace
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from toolrl_ray.config_task import TaskConfig, TaskSource
-from toolrl_ray.errors import ConfigError
+from toolrl_ray.errors import ConfigError, UserError
 from toolrl_ray.types import Task, Trajectory
-from tools_service.loading import LoadingError, load_module
+from tools_service.loading import LoadingError, failure, load_module
 
 
 class TaskModule(Protocol):
@@ -30,7 +32,7 @@ class TaskModule(Protocol):
 def load_tasks(config: TaskConfig) -> tuple[list[Task], list[Task]]:
     """(training tasks, held-out tasks) of the run's task module.
 
-    Raises ConfigError when it gives something else, no task at all, or two of one id; and what the module itself raises.
+    Raises ConfigError when it gives something else, no task at all, or two of one id, or the module itself fails.
     """
     loaded = task_module(config).load_tasks(config)
     named = f"task.module={config.module!r}: load_tasks"
@@ -59,4 +61,23 @@ def task_module(config: TaskSource) -> TaskModule:
     functions = {"load_tasks": "load_tasks", "render_prompt": "render_prompt", "reward": config.reward}
     if missing := [name for name in functions.values() if not callable(getattr(module, name, None))]:
         raise ConfigError(f"task.module={config.module!r} lacks {', '.join(missing)}")
-    return cast(TaskModule, SimpleNamespace(**{role: getattr(module, name) for role, name in functions.items()}))
+    found = {role: _told(config.module, getattr(module, name)) for role, name in functions.items()}
+    return cast(TaskModule, SimpleNamespace(**found))
+
+
+def _told(module: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A person's own function, whose mistakes are told by file and line."""
+    if module.startswith("toolrl_ray."):
+        return function
+
+    @wraps(function)
+    def call(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except UserError:
+            raise
+        except Exception as error:
+            where = failure(error.with_traceback(error.__traceback__ and error.__traceback__.tb_next))
+            raise ConfigError(f"task.module={module!r}: {getattr(function, '__name__', 'its function')} failed: {where}") from error
+
+    return call

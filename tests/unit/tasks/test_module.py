@@ -50,6 +50,23 @@ def test_a_module_that_cannot_be_executed_or_lacks_a_function_is_named(tmp_path:
         task_module(TaskConfig(module="json"))
 
 
+def test_a_mistake_in_a_persons_function_is_told_by_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "def load_tasks(config):\n    return {}['oops']\ndef render_prompt(task, few_shot):\n    return 1 / 0\n"
+        "def reward(trajectory):\n    return int(\n        'x y')\n"
+    )
+    config = TaskConfig(module=str(path))
+    mine = task_module(config)
+    for call, told in (
+        (lambda: load_tasks(config), "load_tasks failed: .*mine.py, line 2: KeyError: 'oops'$"),
+        (lambda: mine.render_prompt(None, 0), "render_prompt failed: .*mine.py, line 4: ZeroDivisionError: division by zero$"),
+        (lambda: mine.reward(None), "reward failed: .*mine.py, line 6: ValueError: invalid literal"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            call()
+
+
 def test_task_reward_names_the_function_that_scores(tmp_path: Path) -> None:
     config = module(tmp_path, "[ONE], [TWO]")
     with Path(config.module).open("a") as file:
