@@ -157,7 +157,7 @@ def load(options: argparse.Namespace) -> Any:
     return recipe.load(options.recipe, options.overrides)
 
 
-def _policy_dir(config: Any) -> str:
+def _policy_dir(config: Any, say: Any = say) -> str:
     """The policy's folder or Hub name; makes the tiny policy when the recipe asks for it."""
     if config.policy.path != "tiny":
         from toolrl_ray.pretrained import load_config
@@ -202,7 +202,6 @@ def _train(options: argparse.Namespace) -> int:
     from toolrl_ray import run_dir as run_dirs
 
     config, run_dir = _run_folder(options)
-    say(f"recipe {config.recipe}, seed {config.seed}, run folder {run_dir}")
     runs = []
 
     def use(parts: Any, policy_dir: str) -> dict[str, Any]:
@@ -212,6 +211,7 @@ def _train(options: argparse.Namespace) -> int:
         return runs[0].train(parts)
 
     try:
+        say(f"recipe {config.recipe}, seed {config.seed}, run folder {run_dir}")
         try:
             summary = with_parts(config, options, True, use)
         finally:
@@ -240,7 +240,7 @@ def _take_recipe(options: argparse.Namespace) -> None:
     elif options.overrides:
         options.recipe, *options.overrides = options.overrides
     else:
-        raise UserError("a recipe is missing, or --resume RUN_DIR; see toolrl train --help")
+        raise UserError("a recipe is missing, or --resume RUN_DIR; see --help")
 
 
 def _run_folder(options: argparse.Namespace) -> tuple[Any, Path]:
@@ -272,7 +272,7 @@ def _bootstrap(options: argparse.Namespace) -> int:
     config = load(options)
     if config.policy.path != "tiny":
         raise UserError(f"policy.path={config.policy.path!r} needs no bootstrap; only policy.path=tiny is made here")
-    print(_policy_dir(config))
+    print(_policy_dir(config, partial(print, file=sys.stderr, flush=True)))  # stdout has the folder alone: for $(toolrl bootstrap ...)
     return 0
 
 

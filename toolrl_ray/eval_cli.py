@@ -89,8 +89,12 @@ def _save(options: argparse.Namespace, result: dict[str, Any], trajectories: lis
     def write_transcripts(path: str) -> None:
         from toolrl_ray.tracking.trajectories import TrajectoryWriter
 
-        with closing(TrajectoryWriter(Path(path))) as writer:
-            writer.write(0, trajectories)
+        try:
+            with closing(TrajectoryWriter(Path(path))) as writer:
+                writer.write(0, trajectories)
+        except OSError:
+            (Path(path) / "trajectories.jsonl").unlink(missing_ok=True)  # there was none before
+            raise
 
     failed = []
     for option, path, write in (("--json", options.json, write_json), ("--transcripts", options.transcripts, write_transcripts)):

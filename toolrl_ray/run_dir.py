@@ -61,6 +61,9 @@ def claim(config: RunConfig) -> Path:
     except FileExistsError:
         raise UserError(f"run_dir={str(run_dir)!r} exists and is not empty; choose another folder (run_dir=...) or remove it") from None
     except (OSError, ValueError) as error:  # the latter of a name with a NUL character, or one that is no text
+        if run_dir in _held:
+            unlock(run_dir)
+            release(run_dir)
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"run_dir={str(run_dir)!r} cannot be made ({reason}); choose another folder (run_dir=...)") from None
     return run_dir

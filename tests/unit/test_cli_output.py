@@ -28,6 +28,26 @@ def told(command: str, stdout: int, **environment: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+def test_a_run_whose_output_nobody_takes_leaves_no_folder(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        assert told(f"train calculator --in-process run_dir={tmp_path / 'run'}", writer) == (141, "")
+    finally:
+        os.close(writer)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bootstrap_prints_the_folder_alone(tmp_path: Path) -> None:
+    small = "bootstrap calculator bootstrap.num_steps=2 task.num_train=64 task.num_heldout=8 eval.num_tasks=8"
+    reader, writer = os.pipe()
+    code, progress = told(small, writer, TOOLRL_CACHE=str(tmp_path))
+    os.close(writer)
+    with open(reader) as file:
+        [folder] = file.read().splitlines()
+    assert code == 0 and Path(folder).is_dir() and "tiny policy" in progress
+
+
 @pytest.mark.parametrize(
     ("command", "unbuffered"),
     [("tools list --local", ""), ("tools call SimpleCalculatorTool 1+1 --local", ""), ("tools list --local", "1"), ("tools --help", "")],

@@ -85,12 +85,12 @@ def test_a_file_that_cannot_be_written_costs_neither_the_table_nor_the_other_fil
     with monkeypatch.context() as patch:
         patch.setattr(trajectories.TrajectoryWriter, "write", full_disk)
         assert cli.main(evaluated) == 2
+    assert not (tmp_path / "episodes" / "trajectories.jsonl").exists()
     said = capsys.readouterr()
     assert "gained by the tools" in said.out
     assert said.err.startswith("toolrl: --transcripts='episodes' cannot be written (No space left on device); the evaluation is done")
     assert json.loads((tmp_path / "result.json").read_text())["accuracy"] == 0.5
     monkeypatch.setattr("toolrl_ray.eval_cli.os.replace", full_disk)
-    (tmp_path / "episodes" / "trajectories.jsonl").unlink()
     assert cli.main(evaluated) == 2
     assert capsys.readouterr().err.startswith("toolrl: --json='result.json' cannot be written (No space left on device)")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["episodes", "result.json"], "the first one's, and nothing half-written"

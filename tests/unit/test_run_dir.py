@@ -224,6 +224,18 @@ def test_a_folder_that_was_moved_is_the_run_folder_where_it_is_now(tmp_path: Pat
     assert reopen(Path("new")).run_dir == str(tmp_path / "new")
 
 
+def test_a_folder_for_which_there_is_no_room_is_there_for_the_next_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="cannot be made .No space left on device."):
+            claim(config(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    assert claim(config(tmp_path / "run")).is_dir()
+
+
 def test_a_folder_may_have_any_characters(tmp_path: Path) -> None:
     run_dir = interrupted(tmp_path / "run-🚀")
     assert reopen(run_dir).run_dir == str(run_dir)

@@ -60,14 +60,14 @@ def ensure_tiny_policy(config: RunConfig, log: Callable[[str], None] = print) ->
         _remove_stale(folder)
         aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.making-", dir=folder.parent))
     except OSError as error:
-        raise ConfigError(
-            f"cache folder {str(folder.parent)!r} cannot be written ({error.strerror}); set TOOLRL_CACHE to one that can"
-        ) from None
+        raise _unwritable(folder, error) from None
     try:
         _make(config, heldout, aside, log)
         _write_digests(aside)
         aside.chmod(0o755)
         _rename(aside, folder)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)  # nothing is left there once it is renamed
     log(f"tiny policy ready after {time.monotonic() - started:.0f} s")
@@ -104,6 +104,10 @@ def _rename(aside: Path, folder: Path) -> None:
     except OSError:
         if not _is_whole(folder):
             raise
+
+
+def _unwritable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"cache folder {str(folder.parent)!r} cannot be written ({error.strerror}); set TOOLRL_CACHE to one that can")
 
 
 def _write_digests(folder: Path) -> None:

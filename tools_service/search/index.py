@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import threading
 from collections.abc import Iterator
 from itertools import islice
@@ -144,6 +145,8 @@ def _write(corpus: Path, partial: Path, progress: bool) -> int:
         titles.finish()
         with contextlib.suppress(FileNotFoundError):
             (partial / "write.lock").unlink()  # Lucene's, of no use in an index that is never written again
+    except sqlite3.Error as error:
+        raise SearchError(f"{partial}: {error}; is the disk full or the folder not writable?") from None
     except Exception as error:
         if is_java_error(error):
             raise SearchError(f"{partial}: {java_reason(error)}; is the disk full or the folder not writable?") from None

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
@@ -143,6 +144,16 @@ def test_a_damaged_policy_is_not_taken_from_the_cache_but_made_again(cache: Path
 def test_two_that_make_a_damaged_policy_again_at_once_end_with_one_whole_folder(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     damage(ensure_tiny_policy(SMALL, quiet), "cut off")
     test_two_that_make_the_same_policy_at_once_end_with_one_whole_folder(cache, monkeypatch)
+
+
+def test_a_disk_that_fills_up_is_one_line(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(build, "_make", full)
+    with pytest.raises(ConfigError, match="No space left on device.*TOOLRL_CACHE"):
+        ensure_tiny_policy(SMALL, quiet)
+    assert not list(cache.iterdir())
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
