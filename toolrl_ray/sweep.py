@@ -228,13 +228,32 @@ def hold(file: Any) -> bool:
 
 def arguments(folder: Path, recipe: str, run: PlannedRun) -> list[str]:
     """What `toolrl train` is told. A run that left a checkpoint goes on from there; what another that did not finish has left gets
-    another name: NAME.failed-1, NAME.failed-2, ..."""
+    another name: NAME.failed-1, NAME.failed-2, ... Raises UserError, and moves nothing, where a run lives in the folder."""
+    if owner := _owner(folder / run.name):
+        raise UserError(f"{str(folder / run.name)!r}: a run is under way there in {owner}; stop that first, or wait for its end")
     if committed_steps(folder / run.name):
         return ["--resume", str(folder / run.name)]
     if (folder / run.name).exists():
         free = next(n for n in itertools.count(1) if not (folder / f"{run.name}.failed-{n}").exists())
         (folder / run.name).rename(folder / f"{run.name}.failed-{free}")
     return [recipe, *run.overrides]
+
+
+def _owner(run_dir: Path) -> str | None:
+    """The process whose run lives in the folder: it holds the folder's lock, or is noted in it where there are no locks."""
+    from toolrl_ray.run_dir import LOCK, _noted_owner  # which imports this module
+
+    try:
+        with (run_dir / LOCK).open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip() or "another process"
+            except OSError:
+                return _noted_owner(run_dir, file)
+    except OSError:
+        pass  # no lock
+    return None
 
 
 def last_line(log: Path) -> str:

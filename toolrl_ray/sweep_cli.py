@@ -110,7 +110,8 @@ def _run(options: argparse.Namespace, study: Any, folder: Path, runs: list[Any],
         try:
             sweep_runs.run_all(todo, start, jobs, say, folder)
         except BaseException:
-            say(f"stopped; to go on: toolrl sweep --resume {shlex.quote(str(folder))}")
+            given = [*(["--address", options.address] if options.address else []), *(f"--metric={name}" for name in options.metric or [])]
+            say(f"stopped; to go on: {shlex.join(['toolrl', 'sweep', '--resume', str(folder), *given])}")
             raise
     return _report(folder, runs, metrics)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from toolrl_ray import sweep
+from toolrl_ray.errors import UserError
 from toolrl_ray.placement import Share
 from toolrl_ray.sweep import PlannedRun, State
 
@@ -48,9 +49,14 @@ def run_all(todo: list[PlannedRun], start: Start, jobs: int, say: Callable[[str]
             while waiting and len(running) < jobs:
                 run = waiting.popleft()
                 place = min(set(range(jobs)) - set(running))
-                say(f"{run.name}: started ({len(todo) - len(waiting)} of {len(todo)})")
-                if (started := start(run, place)) is not None:
+                try:
+                    started = start(run, place)
+                except UserError as error:
+                    say(f"{run.name}: FAILED to start: {error}")
+                    continue
+                if started is not None:
                     running[place] = (run, started, time.monotonic())
+                    say(f"{run.name}: started ({len(todo) - len(waiting)} of {len(todo)})")
                 else:
                     say(f"{run.name}: another process runs it; left to that")
             time.sleep(POLL_S)
@@ -193,6 +199,9 @@ def local_start(folder: Path, recipe: str, cwd: str, gpus: list[str], gpus_per_r
         with (folder / f"{run.name}.log").open("a") as log:  # the process keeps it, and the lock, open
             if not sweep.hold(log):
                 return None
+            if (note := folder / f"{run.name}.job").exists():
+                job = note.read_text().strip()
+                raise UserError(f"it is the Ray job {job}: give --address again; or, if that job is over for good, remove {note}")
             arguments = sweep.arguments(folder, recipe, run)
             return LocalRun(arguments, cwd, log, {"CUDA_VISIBLE_DEVICES": ",".join(mine)} if mine else {})
 
@@ -204,18 +213,22 @@ def job_start(folder: Path, recipe: str, client: Any, submit: Callable[[list[str
 
     def start(run: PlannedRun, place: int) -> Running | None:
         log, note = (folder / f"{run.name}.log").open("a"), folder / f"{run.name}.job"
-        if not sweep.hold(log):
-            log.close()
-            return None
         try:
-            job = note.read_text() if note.exists() else ""
-            if not job or client.get_job_status(job).is_terminal():
+            if not sweep.hold(log):
+                log.close()
+                return None
+            try:
+                job = note.read_text() if note.exists() else ""
+                if not job or client.get_job_status(job).is_terminal():
+                    job = ""
+            except (RuntimeError, OSError):  # of a cluster that is gone
                 job = ""
-        except (RuntimeError, OSError):  # of a cluster that is gone
-            job = ""
-        if not job:
-            job = submit(sweep.arguments(folder, recipe, run))
-            note.write_text(job)
-        return JobRun(client, job, log)
+            if not job:
+                job = submit(sweep.arguments(folder, recipe, run))
+                note.write_text(job)
+            return JobRun(client, job, log)
+        except BaseException:
+            log.close()  # and let go of the run
+            raise
 
     return start

@@ -1,0 +1,84 @@
+"""How a run of a study is started, or not: whose folder it is, what a cluster does not answer, and where the study began."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from toolrl_ray import cli, sweep, sweep_cli, sweep_runs
+
+STUB = [sys.executable, str(Path(__file__).parent / "study_stub.py")]
+LIVES = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("process 4711 on elsewhere", file=file, flush=True)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(autouse=True)
+def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(sweep_runs, "TRAIN", STUB)
+    monkeypatch.setattr(sweep_runs, "POLL_S", 0.02)
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    """Of two seeds."""
+    sweep.claim(sweep.make_study("calculator", [], [0, 1]), tmp_path / "study")
+    return tmp_path / "study"
+
+
+@pytest.fixture
+def live(study: Path) -> Iterator[Path]:
+    """The folder of seed 0, with a run of another process in it."""
+    (study / "seed-0").mkdir()
+    (study / "seed-0" / "metrics.jsonl").write_text(json.dumps({"step": 1}) + "\n")
+    command = [sys.executable, "-c", LIVES, str(study / "seed-0" / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout and process.stdout.readline() == b"locked\n"
+        yield study / "seed-0"
+        process.communicate(timeout=30)
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_the_folder_of_a_run_that_lives_stays_and_its_seed_alone_fails_to_start(
+    live: Path, capsys: pytest.CaptureFixture[str], checkpoints: bool
+) -> None:
+    if checkpoints:
+        (live / "checkpoints" / "step-000010").mkdir(parents=True)
+    assert cli.main(["sweep", "--resume", "study", "--jobs", "1"]) == 1
+    out = capsys.readouterr().out
+    assert f"seed-0: FAILED to start: {str(live)!r}: a run is under way there in process 4711 on elsewhere; stop that first" in out
+    assert "seed-0: started" not in out and "seed-1: done" in out
+    assert (live / "metrics.jsonl").exists() and not (live.parent / "seed-0.failed-1").exists()
+
+
+def test_a_run_that_is_a_ray_job_is_not_begun_on_this_machine(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (study / "seed-0.job").write_text("raysubmit_1")
+    (study / "seed-0").mkdir()
+    assert cli.main(["sweep", "--resume", "study", "--jobs", "1"]) == 1
+    out = capsys.readouterr().out
+    assert "seed-0: FAILED to start: it is the Ray job raysubmit_1: give --address again; " in out and "seed-1: done" in out
+    assert (study / "seed-0").is_dir() and not (study / "seed-0.failed-1").exists()
+
+
+def test_the_hint_of_a_study_that_was_stopped_has_its_address_and_metrics(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def start(run: sweep.PlannedRun, place: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep_cli, "_cluster", lambda *_: (start, 1))
+    assert cli.main(["sweep", "--resume", "study", "--address", "http://head:8265", "--metric", "env/x", "--metric", "env/y"]) == 130
+    hint = f"to go on: toolrl sweep --resume {study} --address http://head:8265 --metric=env/x --metric=env/y\n"
+    assert hint in "".join(capsys.readouterr())
