@@ -208,6 +208,16 @@ def local_start(folder: Path, recipe: str, cwd: str, gpus: list[str], gpus_per_r
     return start
 
 
+def _is_over(client: Any, job: str) -> bool:
+    """Also of a cluster that is gone. Where no answer comes the job may run on, which whoever follows it finds out."""
+    try:
+        return client.get_job_status(job).is_terminal()
+    except OSError:
+        return False
+    except RuntimeError as error:  # what Ray raises for every answer that is no status
+        return f"{job} does not exist" in str(error)
+
+
 def job_start(folder: Path, recipe: str, client: Any, submit: Callable[[list[str]], str]) -> Start:
     """A job of an earlier call that still runs is taken up again."""
 
@@ -217,13 +227,8 @@ def job_start(folder: Path, recipe: str, client: Any, submit: Callable[[list[str
             if not sweep.hold(log):
                 log.close()
                 return None
-            try:
-                job = note.read_text() if note.exists() else ""
-                if not job or client.get_job_status(job).is_terminal():
-                    job = ""
-            except (RuntimeError, OSError):  # of a cluster that is gone
-                job = ""
-            if not job:
+            job = note.read_text() if note.exists() else ""
+            if not job or _is_over(client, job):
                 job = submit(sweep.arguments(folder, recipe, run))
                 note.write_text(job)
             return JobRun(client, job, log)

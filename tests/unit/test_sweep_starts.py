@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -82,3 +83,45 @@ def test_the_hint_of_a_study_that_was_stopped_has_its_address_and_metrics(
     assert cli.main(["sweep", "--resume", "study", "--address", "http://head:8265", "--metric", "env/x", "--metric", "env/y"]) == 130
     hint = f"to go on: toolrl sweep --resume {study} --address http://head:8265 --metric=env/x --metric=env/y\n"
     assert hint in "".join(capsys.readouterr())
+
+
+class Client:
+    """Of a job server where every job has `value` in the end; `failures`: what its next answers are instead."""
+
+    def __init__(self, *failures: Exception, value: str = "SUCCEEDED"):
+        self.failures, self.value, self.submitted = list(failures), value, 0
+
+    def get_job_status(self, job: str) -> SimpleNamespace:
+        if self.failures:
+            raise self.failures.pop(0)
+        return SimpleNamespace(is_terminal=lambda: self.value != "RUNNING", value=self.value)
+
+    def get_job_logs(self, job: str) -> str:
+        return "what the job said\n"
+
+    def stop_job(self, job: str) -> None:
+        pass
+
+    def submit(self, arguments: list[str]) -> str:
+        self.submitted += 1
+        return f"raysubmit_{self.submitted + 1}"
+
+
+@pytest.mark.parametrize(
+    ("error", "job"),
+    [
+        (ConnectionError("Connection reset by peer"), "raysubmit_1"),
+        (RuntimeError("Request failed with status code 502: Bad Gateway."), "raysubmit_1"),
+        (RuntimeError("Request failed with status code 404: Job raysubmit_1 does not exist."), "raysubmit_2"),
+    ],
+)
+def test_only_a_job_that_its_cluster_does_not_know_is_submitted_again(study: Path, error: Exception, job: str) -> None:
+    run = sweep.plan(sweep.open_study(study), study)[0]
+    (study / "seed-0").mkdir()
+    (study / "seed-0.job").write_text("raysubmit_1")
+    client = Client(error, value="RUNNING")
+    running = sweep_runs.job_start(study, "calculator", client, client.submit)(run, 0)
+    assert running is not None and running.poll() is None
+    running.kill()
+    assert (study / "seed-0.job").read_text() == job
+    assert (study / "seed-0").exists() == (job == "raysubmit_1")
