@@ -172,14 +172,21 @@ class JobRun:
                 status = self._client.get_job_status(self._job)
                 self._answered = time.monotonic()
                 if status.is_terminal():
-                    self._log.write(self._client.get_job_logs(self._job))
                     self._code = 0 if status.value == "SUCCEEDED" else 1
+                    self._log.write(self._said())
             except (RuntimeError, OSError) as error:  # a network that comes back
                 if time.monotonic() - self._answered > UNREACHABLE_S:
                     self._log.write(f"{self._job}: the cluster did not answer for {UNREACHABLE_S:.0f} s: {error}\n")
                     self._code = 1
             self._log.flush()
         return self._code
+
+    def _said(self) -> str:
+        """A node that is gone takes the logs along, but not how the job ended."""
+        try:
+            return self._client.get_job_logs(self._job)
+        except (RuntimeError, OSError) as error:
+            return f"the logs of {self._job} cannot be had: {' '.join(str(error).split())}\n"
 
     def stop(self) -> None:
         try:

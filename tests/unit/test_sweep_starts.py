@@ -125,3 +125,17 @@ def test_only_a_job_that_its_cluster_does_not_know_is_submitted_again(study: Pat
     running.kill()
     assert (study / "seed-0.job").read_text() == job
     assert (study / "seed-0").exists() == (job == "raysubmit_1")
+
+
+@pytest.mark.parametrize(("value", "code"), [("SUCCEEDED", 0), ("FAILED", 1)])
+def test_a_job_whose_logs_cannot_be_had_ends_all_the_same(study: Path, value: str, code: int) -> None:
+    def no_logs(job: str) -> str:
+        raise RuntimeError("Request failed with status code 500:\nits node is gone")
+
+    (client := Client(value=value)).get_job_logs = no_logs  # type: ignore[method-assign]
+    run = sweep.plan(sweep.open_study(study), study)[0]
+    running = sweep_runs.job_start(study, "calculator", client, client.submit)(run, 0)
+    assert running is not None and running.poll() == code
+    running.kill()
+    said = "the logs of raysubmit_2 cannot be had: Request failed with status code 500: its node is gone"
+    assert sweep.last_line(study / "seed-0.log") == said
