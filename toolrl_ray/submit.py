@@ -17,6 +17,10 @@ LOST_S = 60.0  # without an answer, after which a job that is waited for is give
 STOP_WAIT_S = 30  # that a job has to end in after SIGTERM
 
 
+class Unreachable(UserError):
+    """No answer came; one may come later."""
+
+
 @contextmanager
 def _told(address: str) -> Iterator[None]:
     """What a cluster may answer to a request, as one line."""
@@ -28,7 +32,8 @@ def _told(address: str) -> Iterator[None]:
         raise UserError(f"the cluster at {address} wants a token: export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN=...") from None
     except (OSError, RuntimeError, ValueError, RayError) as error:  # requests has a ConnectionError of its own, which is an OSError
         remedy = "start a cluster (ray start --head) or give --address"
-        raise UserError(f"no Ray job server at {address} ({_first_line(error)}); {remedy}") from None
+        kind = Unreachable if isinstance(error, OSError) else UserError
+        raise kind(f"no Ray job server at {address} ({_first_line(error)}); {remedy}") from None
 
 
 def _first_line(error: Exception) -> str:

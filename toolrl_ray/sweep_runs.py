@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from toolrl_ray import sweep
 from toolrl_ray.errors import UserError
 from toolrl_ray.placement import Share
+from toolrl_ray.submit import Unreachable
 from toolrl_ray.sweep import PlannedRun, State
 
 TRAIN = [sys.executable, "-m", "toolrl_ray.cli", "train"]
@@ -51,8 +52,8 @@ def run_all(todo: list[PlannedRun], start: Start, jobs: int, say: Callable[[str]
                 place = min(set(range(jobs)) - set(running))
                 try:
                     started = start(run, place)
-                except UserError as error:
-                    say(f"{run.name}: FAILED to start: {error}")
+                except Exception as error:  # whatever it is, it costs this run alone
+                    say(f"{run.name}: FAILED to start: {error if isinstance(error, UserError) else repr(error)}")
                     continue
                 if started is not None:
                     running[place] = (run, started, time.monotonic())
@@ -225,8 +226,29 @@ def _is_over(client: Any, job: str) -> bool:
         return f"{job} does not exist" in str(error)
 
 
+def _patient(submit: Callable[[list[str]], str]) -> Callable[[list[str]], str]:
+    """Submits again where no answer came, until none has come for UNREACHABLE_S: nor could the other jobs be asked meanwhile."""
+    silent_since: float | None = None
+
+    def patiently(arguments: list[str]) -> str:
+        nonlocal silent_since
+        while True:
+            try:
+                job = submit(arguments)
+                silent_since = None
+                return job
+            except Unreachable:
+                silent_since = silent_since or time.monotonic()
+                if time.monotonic() - silent_since > UNREACHABLE_S:
+                    raise
+                time.sleep(POLL_S)
+
+    return patiently
+
+
 def job_start(folder: Path, recipe: str, client: Any, submit: Callable[[list[str]], str]) -> Start:
     """A job of an earlier call that still runs is taken up again."""
+    submit = _patient(submit)
 
     def start(run: PlannedRun, place: int) -> Running | None:
         log, note = (folder / f"{run.name}.log").open("a"), folder / f"{run.name}.job"

@@ -6,12 +6,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from toolrl_ray import cli, sweep, sweep_cli, sweep_runs
+from toolrl_ray import cli, submit, sweep, sweep_cli, sweep_runs
 
 STUB = [sys.executable, str(Path(__file__).parent / "study_stub.py")]
 LIVES = """
@@ -139,3 +140,53 @@ def test_a_job_whose_logs_cannot_be_had_ends_all_the_same(study: Path, value: st
     running.kill()
     said = "the logs of raysubmit_2 cannot be had: Request failed with status code 500: its node is gone"
     assert sweep.last_line(study / "seed-0.log") == said
+
+
+@pytest.fixture
+def run_jobs(study: Path):
+    """Runs the study's seeds as jobs of a client, one at a time; returns what was said."""
+
+    def run(client: Client, submit_job) -> list[str]:
+        said: list[str] = []
+        server = SimpleNamespace(submit_job=submit_job)
+        starter = sweep_runs.job_start(study, "calculator", client, partial(submit.submit_train, server, "http://head:8265", cwd="/"))
+        sweep_runs.run_all(sweep.plan(sweep.open_study(study), study), starter, 2, said.append, study)
+        return said
+
+    return run
+
+
+def test_a_submit_that_got_no_answer_is_tried_again(run_jobs) -> None:
+    answers = iter(["job-1", ConnectionError("Connection reset by peer"), "job-2"])
+
+    def submit_job(**_) -> str:
+        if isinstance(answer := next(answers), Exception):
+            raise answer
+        return answer
+
+    said = run_jobs(Client(), submit_job)
+    assert said[:2] == ["seed-0: started (1 of 2)", "seed-1: started (2 of 2)"] and next(answers, None) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ConnectionError("refused"), "no Ray job server at http://head:8265 (refused); "),
+        (RuntimeError("no room"), "no Ray job server at http://head:8265 (no room); "),
+        (LookupError("a defect"), "LookupError('a defect')"),
+    ],
+)
+def test_a_run_that_cannot_be_submitted_costs_itself_alone(run_jobs, study: Path, monkeypatch, error: Exception, line: str) -> None:
+    monkeypatch.setattr(sweep_runs, "UNREACHABLE_S", 0.1)
+    client = Client()
+    client.stop_job = pytest.fail  # type: ignore[method-assign]
+
+    def submit_job(entrypoint: str, **_) -> str:
+        if "seed=1" in entrypoint:
+            raise error
+        return "job-1"
+
+    said = run_jobs(client, submit_job)
+    assert said[0] == "seed-0: started (1 of 2)" and said[1].startswith(f"seed-1: FAILED to start: {line}")
+    assert said[2].startswith("seed-0: FAILED after 0.0 min with exit code 0: what the job said")
+    assert not sweep.is_held(study / "seed-1.log")
