@@ -89,7 +89,8 @@ def ended(folder: Path, run: PlannedRun, code: int, seconds: float) -> str:
     minutes = f"{seconds / 60:.1f} min"
     log = folder / f"{run.name}.log"
     if "after" in results:
-        change = f"accuracy {results['before']['accuracy']:.3f} -> {results['after']['accuracy']:.3f}"
+        accuracies = [results.get(label, {}).get("accuracy") for label in ("before", "after")]
+        change = "accuracy " + " -> ".join("-" if accuracy is None else f"{accuracy:.3f}" for accuracy in accuracies)
         return f"{run.name}: done after {minutes}, {change}" + (f" (exit code {code} afterwards, see {log})" if code else "")
     return f"{run.name}: FAILED after {minutes} with exit code {code}: {sweep.last_line(log) or 'no output'} (log: {log})"
 

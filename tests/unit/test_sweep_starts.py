@@ -190,3 +190,10 @@ def test_a_run_that_cannot_be_submitted_costs_itself_alone(run_jobs, study: Path
     assert said[0] == "seed-0: started (1 of 2)" and said[1].startswith(f"seed-1: FAILED to start: {line}")
     assert said[2].startswith("seed-0: FAILED after 0.0 min with exit code 0: what the job said")
     assert not sweep.is_held(study / "seed-1.log")
+
+
+def test_an_evaluation_that_is_not_there_is_a_dash(study: Path) -> None:
+    run = sweep.plan(sweep.open_study(study), study)[0]
+    (study / "seed-0").mkdir()
+    (study / "seed-0" / "eval.json").write_text(json.dumps({"after": {"accuracy": 1.0}}))
+    assert sweep_runs.ended(study, run, 0, 60.0) == "seed-0: done after 1.0 min, accuracy - -> 1.000"
