@@ -39,7 +39,7 @@ class Running(Protocol):
     def kill(self) -> None: ...
 
 
-Start = Callable[[PlannedRun, int], Running | None]  # with the number of its place, 0 to jobs - 1; None: others run it already
+Start = Callable[[PlannedRun, int], Running | None]  # with the number of its place, 0 to jobs - 1; None: others run it, or have
 
 
 def run_all(todo: list[PlannedRun], start: Start, jobs: int, say: Callable[[str], None], folder: Path) -> None:
@@ -59,7 +59,8 @@ def run_all(todo: list[PlannedRun], start: Start, jobs: int, say: Callable[[str]
                     running[place] = (run, started, time.monotonic())
                     say(f"{run.name}: started ({len(todo) - len(waiting)} of {len(todo)})")
                 else:
-                    say(f"{run.name}: another process runs it; left to that")
+                    is_done = sweep.state(folder, run) is State.DONE
+                    say(f"{run.name}: " + ("done by another process" if is_done else "another process runs it; left to that"))
             time.sleep(POLL_S)
             for place, (run, process, since) in list(running.items()):
                 if (code := process.poll()) is not None:
@@ -206,7 +207,7 @@ def local_start(folder: Path, recipe: str, cwd: str, gpus: list[str], gpus_per_r
     def start(run: PlannedRun, place: int) -> Running | None:
         mine = gpus[place * gpus_per_run : (place + 1) * gpus_per_run]
         with (folder / f"{run.name}.log").open("a") as log:  # the process keeps it, and the lock, open
-            if not sweep.hold(log):
+            if not sweep.hold(log) or sweep.state(folder, run) is State.DONE:
                 return None
             if (note := folder / f"{run.name}.job").exists():
                 job = note.read_text().strip()
@@ -254,7 +255,7 @@ def job_start(folder: Path, recipe: str, client: Any, submit: Callable[[list[str
     def start(run: PlannedRun, place: int) -> Running | None:
         log, note = (folder / f"{run.name}.log").open("a"), folder / f"{run.name}.job"
         try:
-            if not sweep.hold(log):
+            if not sweep.hold(log) or sweep.state(folder, run) is State.DONE:
                 log.close()
                 return None
             job = note.read_text() if note.exists() else ""

@@ -197,3 +197,16 @@ def test_an_evaluation_that_is_not_there_is_a_dash(study: Path) -> None:
     (study / "seed-0").mkdir()
     (study / "seed-0" / "eval.json").write_text(json.dumps({"after": {"accuracy": 1.0}}))
     assert sweep_runs.ended(study, run, 0, 60.0) == "seed-0: done after 1.0 min, accuracy - -> 1.000"
+
+
+@pytest.mark.parametrize("as_job", [False, True])
+def test_a_seed_that_another_process_has_done_meanwhile_is_not_run_again(study: Path, as_job: bool) -> None:
+    runs, said, client = sweep.plan(sweep.open_study(study), study), [], Client()
+    todo = sweep_runs.todo(study, runs, said.append)
+    (study / "seed-0").mkdir()
+    (study / "seed-0" / "eval.json").write_text(json.dumps({"after": {"accuracy": 1.0}}))
+    local = sweep_runs.local_start(study, "calculator", str(study), [], 0)
+    job = sweep_runs.job_start(study, "calculator", client, client.submit)
+    sweep_runs.run_all(todo[:1], job if as_job else local, 1, said.append, study)
+    assert said == ["seed-0: done by another process"] and client.submitted == 0
+    assert not list(study.glob("*.failed-1")) and not sweep.is_held(study / "seed-0.log")
