@@ -116,11 +116,19 @@ def _run(options: argparse.Namespace, study: Any, folder: Path, runs: list[Any],
     return _report(folder, runs, metrics)
 
 
+def _check_cwd(study: Any, folder: Path) -> None:
+    """Raises UserError where the runs have no folder to begin in."""
+    if not Path(study.cwd).is_dir():
+        remedy = f'bring it back, or put the folder that took its place as "cwd" into {folder / "study.json"}'
+        raise UserError(f"the study in {str(folder)!r} began in the folder {study.cwd!r}, which is gone: {remedy}")
+
+
 def _machine(options: argparse.Namespace, study: Any, folder: Path, runs: list[Any]) -> tuple[Any, int]:
     """How a run is started here, and how many at once. With RAY_ADDRESS set, the runs work on that cluster."""
     from toolrl_ray import sweep_runs
     from toolrl_ray.placement import plan
 
+    _check_cwd(study, folder)
     config = _largest(runs)
     address = os.environ.get("RAY_ADDRESS")
     if address:
@@ -166,6 +174,7 @@ def _run_one(index: str, study: Any, folder: Path, runs: list[Any], say: Say) ->
     if sweep.state(folder, run) is sweep.State.DONE:
         say(f"{run.name}: done before")
         return 0
+    _check_cwd(study, folder)
     start = sweep_runs.local_start(folder, study.recipe, study.cwd, [], 0)
     sweep_runs.run_all([run], start, 1, say, folder)
     return int(sweep.state(folder, run) is not sweep.State.DONE)
@@ -179,6 +188,7 @@ def _write_slurm(folder: Path, study: Any, runs: list[Any], say: Say) -> int:
     if not todo:
         say("every run is done: nothing to submit")
         return 0
+    _check_cwd(study, folder)
     shares = plan(_largest(todo))
     num_gpus = math.ceil(sum(share.count * share.num_gpus for share in shares))
     lines = [

@@ -210,3 +210,21 @@ def test_a_seed_that_another_process_has_done_meanwhile_is_not_run_again(study: 
     sweep_runs.run_all(todo[:1], job if as_job else local, 1, said.append, study)
     assert said == ["seed-0: done by another process"] and client.submitted == 0
     assert not list(study.glob("*.failed-1")) and not sweep.is_held(study / "seed-0.log")
+
+
+def test_a_study_whose_project_has_another_name_by_now_is_one_line_before_anything_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    sweep.claim(sweep.make_study("calculator", [], [0]), tmp_path / "project" / "s")
+    renamed = (tmp_path / "project").rename(tmp_path / "renamed")
+    monkeypatch.chdir(renamed)
+    for command in (["--resume", "s"], ["--resume", "s", "--slurm"], ["--run-one", "s", "0"]):
+        assert cli.main(["sweep", *command]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "which is gone" in line]
+        assert f"{str(tmp_path / 'project')!r}, which is gone: bring it back, or put " in line
+    assert [path.name for path in (renamed / "s").iterdir()] == ["study.json"]
+    study = json.loads((renamed / "s" / "study.json").read_text())
+    (renamed / "s" / "study.json").write_text(json.dumps({**study, "cwd": str(renamed)}))
+    assert cli.main(["sweep", "--resume", "s"]) == 0
