@@ -137,8 +137,10 @@ def _machine(options: argparse.Namespace, study: Any, folder: Path, runs: list[A
         nodes, gpus = (cluster_nodes(address) if options.jobs is None else []), []
     else:
         nodes, gpus = sweep_runs.this_machine()
-    jobs = options.jobs or sweep_runs.how_many(plan(config), nodes)
     gpus_per_run = math.ceil(sum(share.count * share.num_gpus for share in plan(config)))
+    jobs = options.jobs or sweep_runs.how_many(plan(config), nodes)
+    if not options.jobs and gpus and gpus_per_run:
+        jobs = max(1, min(jobs, len(gpus) // gpus_per_run))  # each run has whole GPUs, also where it needs a part of one
     if gpus and jobs * gpus_per_run > len(gpus):
         raise UserError(f"--jobs={jobs} with {gpus_per_run} GPUs a run needs more than the {len(gpus)} of this machine; give fewer --jobs")
     return sweep_runs.local_start(folder, study.recipe, study.cwd, gpus if jobs > 1 else [], gpus_per_run), jobs

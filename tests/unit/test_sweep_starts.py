@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from toolrl_ray import cli, submit, sweep, sweep_cli, sweep_runs
+from toolrl_ray import cli, placement, submit, sweep, sweep_cli, sweep_runs
+from toolrl_ray.placement import Share
 
 STUB = [sys.executable, str(Path(__file__).parent / "study_stub.py")]
 LIVES = """
@@ -228,3 +229,14 @@ def test_a_study_whose_project_has_another_name_by_now_is_one_line_before_anythi
     study = json.loads((renamed / "s" / "study.json").read_text())
     (renamed / "s" / "study.json").write_text(json.dumps({**study, "cwd": str(renamed)}))
     assert cli.main(["sweep", "--resume", "s"]) == 0
+
+
+@pytest.mark.parametrize(("gpus", "share", "jobs"), [(1, 0.4, 1), (3, 0.4, 3), (4, 1.5, 2), (1, 0.0, 16)])
+def test_by_default_no_more_runs_at_once_than_have_whole_gpus(
+    study: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, share: float, jobs: int
+) -> None:
+    shares = [Share("rollout", 1, 1.0, share)]
+    monkeypatch.setattr(placement, "plan", lambda _: shares)
+    monkeypatch.setattr(sweep_runs, "this_machine", lambda: ([{"CPU": 16.0, "GPU": float(gpus)}], [str(i) for i in range(gpus)]))
+    origin = sweep.open_study(study)
+    assert sweep_cli._machine(SimpleNamespace(jobs=None), origin, study, sweep.plan(origin, study))[1] == jobs
