@@ -116,7 +116,7 @@ def plan(study: Study, folder: Path) -> list[PlannedRun]:
             name = f"{prefix}-seed-{seed}" if prefix else f"seed-{seed}"
             if any(run.name == name for run in runs):
                 name = f"variant-{number}-seed-{seed}"
-            told = [*overrides, *_told(study, overrides, seed, folder), f"run_dir={json.dumps(str(folder / name))}"]
+            told = [*overrides, *_told(study, overrides, seed, folder), f"run_dir={_quoted(str(folder / name))}"]
             runs.append(PlannedRun(len(runs), name, label or Path(study.recipe).stem, seed, told, recipes.load(study.recipe, told)))
     return runs
 
@@ -128,7 +128,12 @@ def _told(study: Study, overrides: list[str], seed: int, folder: Path) -> Iterat
     yield f"seed={seed}"
     if config.policy.path == "tiny" and "seed" not in config.bootstrap.model_fields_set:
         yield f"bootstrap.seed={seed}"
-    yield f"tracking.wandb_tags={json.dumps([*config.tracking.wandb_tags, folder.name[:MAX_TAG]])}"
+    yield f"tracking.wandb_tags={_quoted([*config.tracking.wandb_tags, folder.name[:MAX_TAG]])}"
+
+
+def _quoted(value: Any) -> str:
+    """As YAML reads it: what is outside of the BMP as itself, since YAML takes JSON's pairs of escapes apart."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _key_names(keys: list[str]) -> dict[str, str]:

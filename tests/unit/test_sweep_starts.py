@@ -240,3 +240,9 @@ def test_by_default_no_more_runs_at_once_than_have_whole_gpus(
     monkeypatch.setattr(sweep_runs, "this_machine", lambda: ([{"CPU": 16.0, "GPU": float(gpus)}], [str(i) for i in range(gpus)]))
     origin = sweep.open_study(study)
     assert sweep_cli._machine(SimpleNamespace(jobs=None), origin, study, sweep.plan(origin, study))[1] == jobs
+
+
+@pytest.mark.parametrize("name", ["größe", "日本", "🚀"])
+def test_a_study_may_lie_in_a_folder_of_any_name(tmp_path: Path, name: str) -> None:
+    (run,) = sweep.plan(sweep.make_study("calculator", [], [0]), tmp_path / name)
+    assert run.config.run_dir == str(tmp_path / name / "seed-0") and run.config.tracking.wandb_tags == [name]
