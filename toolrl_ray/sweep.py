@@ -12,6 +12,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -143,7 +144,19 @@ def _key_names(keys: list[str]) -> dict[str, str]:
 
 
 def default_folder(recipe: str) -> Path:
-    return Path(f"sweeps/{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+    """Made here: of two studies that begin in one second, each has its own. Raises UserError where it cannot be made."""
+    name = f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    try:
+        Path("sweeps").mkdir(exist_ok=True)
+        for n in itertools.count(1):
+            folder = Path("sweeps", name if n == 1 else f"{name}-{n}")
+            with suppress(FileExistsError):
+                folder.mkdir()
+                break
+    except OSError as error:
+        where = str(Path("sweeps").absolute())
+        raise UserError(f"no folder for the study can be made in {where!r} ({error.strerror}); give another: --dir") from None
+    return folder
 
 
 def open_study(folder: Path) -> Study:

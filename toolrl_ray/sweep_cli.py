@@ -74,9 +74,10 @@ def run_sweep(options: argparse.Namespace, say: Say) -> int:
     if options.recipe:
         if not options.seeds:
             raise UserError(f"how many seeds of {options.recipe!r}? Give --seeds N")
-        folder = Path(options.dir or sweep.default_folder(options.recipe)).expanduser().absolute()
         study = sweep.make_study(options.recipe, options.overrides, options.seeds)
+        folder = Path(options.dir or "sweeps").expanduser().absolute()
         sweep.plan(study, folder)  # what the recipe refuses fails here, with no folder made
+        folder = folder if options.dir else sweep.default_folder(options.recipe).absolute()
         study = sweep.claim(study, folder)
     else:
         folder = Path(begun[0]).expanduser().absolute()

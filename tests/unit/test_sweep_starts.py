@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from toolrl_ray import cli, placement, submit, sweep, sweep_cli, sweep_runs
+from toolrl_ray.errors import UserError
 from toolrl_ray.placement import Share
 
 STUB = [sys.executable, str(Path(__file__).parent / "study_stub.py")]
@@ -246,3 +247,18 @@ def test_by_default_no_more_runs_at_once_than_have_whole_gpus(
 def test_a_study_may_lie_in_a_folder_of_any_name(tmp_path: Path, name: str) -> None:
     (run,) = sweep.plan(sweep.make_study("calculator", [], [0]), tmp_path / name)
     assert run.config.run_dir == str(tmp_path / name / "seed-0") and run.config.tracking.wandb_tags == [name]
+
+
+def test_studies_that_begin_in_one_second_have_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "time", SimpleNamespace(strftime=lambda _: "now"))
+    for lr in ("1e-4", "3e-4"):
+        assert cli.main(["sweep", "calculator", "--seeds", "1", f"learner.lr={lr}"]) == 0
+    assert cli.main(["sweep", "calculator", "--seeds", "1", "learner.lr=-1"]) == 2  # no folder for that
+    assert sorted(path.name for path in (tmp_path / "sweeps").iterdir()) == ["calculator-now", "calculator-now-2"]
+    assert sweep.default_folder("calculator") != sweep.default_folder("calculator"), "before either is claimed"
+
+
+def test_a_folder_for_a_study_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "sweeps").touch()
+    with pytest.raises(UserError, match=r"no folder for the study can be made in '.*/sweeps' \(File exists\); give another: --dir"):
+        sweep.default_folder("calculator")
