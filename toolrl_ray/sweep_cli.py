@@ -17,6 +17,7 @@ from toolrl_ray.errors import UserError
 METRICS = ("env/reward_mean", "objective/kl")
 MAX_SEEDS = 10_000
 NOTHING = "give a RECIPE and --seeds N, or a study to go on with: --resume DIR, to draw: --plot DIR, or --from-wandb and --tag"
+DONE = "every run is done: nothing to submit"
 Say = Callable[[str], None]
 
 
@@ -184,12 +185,13 @@ def _run_one(index: str, study: Any, folder: Path, runs: list[Any], say: Say) ->
 
 
 def _write_slurm(folder: Path, study: Any, runs: list[Any], say: Say) -> int:
-    from toolrl_ray import sweep_runs
+    from toolrl_ray import sweep, sweep_runs
     from toolrl_ray.placement import plan
 
     todo = sweep_runs.todo(folder, runs, say)
     if not todo:
-        say("every run is done: nothing to submit")
+        under_way = [run.name for run in runs if sweep.state(folder, run) is sweep.State.RUNNING]
+        say(f"nothing to submit: under way {', '.join(under_way)}; every other run is done" if under_way else DONE)
         return 0
     _check_cwd(study, folder)
     shares = plan(_largest(todo))

@@ -262,3 +262,15 @@ def test_a_folder_for_a_study_that_cannot_be_made_is_one_line(tmp_path: Path) ->
     (tmp_path / "sweeps").touch()
     with pytest.raises(UserError, match=r"no folder for the study can be made in '.*/sweeps' \(File exists\); give another: --dir"):
         sweep.default_folder("calculator")
+
+
+def test_an_array_for_a_study_whose_last_run_is_under_way_says_which(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["sweep", "--run-one", "study", "1"]) == 0
+    with (study / "seed-0.log").open("a") as log:
+        assert sweep.hold(log)
+        assert cli.main(["sweep", "--resume", "study", "--slurm"]) == 0
+    assert "nothing to submit: under way seed-0; every other run is done\n" in (out := capsys.readouterr().out)
+    assert "every run is done" not in out
+    assert cli.main(["sweep", "--run-one", "study", "0"]) == 0
+    assert cli.main(["sweep", "--resume", "study", "--slurm"]) == 0
+    assert "every run is done: nothing to submit" in capsys.readouterr().out
