@@ -78,10 +78,15 @@ def check_reachable(address: str) -> None:
     except (OSError, OverflowError) as error:
         raise UserError(f"no Ray cluster answers at {address!r}: {error.strerror or error}") from None
     if "RAY_AUTH_MODE" not in os.environ and _wants_token(address):
-        from ray._raylet import Config
+        show_token()
 
-        os.environ["RAY_AUTH_MODE"] = "token"
-        Config.initialize("")  # it has read the environment before
+
+def show_token() -> None:
+    """Let Ray's clients in this process show their token, if Ray was imported before, too."""
+    from ray._raylet import Config
+
+    os.environ["RAY_AUTH_MODE"] = "token"
+    Config.initialize("")  # it has read the environment before
 
 
 def _wants_token(address: str) -> bool:

@@ -45,11 +45,11 @@ def job_client(address: str | None) -> tuple[Any, str]:
 
     Raises UserError when no job server answers there.
     """
-    if (Path.home() / ".ray" / "auth_token").is_file():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # `ray start` turns it on where a token lies, its client does not
-    from ray.job_submission import JobSubmissionClient
+    from toolrl_ray.cluster import check_reachable, show_token
 
-    from toolrl_ray.cluster import check_reachable
+    if (Path.home() / ".ray" / "auth_token").is_file() and "RAY_AUTH_MODE" not in os.environ:
+        show_token()  # `ray start` turns it on where a token lies, its client does not
+    from ray.job_submission import JobSubmissionClient
 
     address = address or os.environ.get("RAY_ADDRESS") or "http://127.0.0.1:8265"
     check_reachable(address)
@@ -80,14 +80,20 @@ def cluster_nodes(address: str) -> list[dict[str, float]]:
 
 
 def submit(address: str | None, arguments: list[str], *, wait: bool, say: Callable[[str], None]) -> int:
-    """Returns the job's exit code: 0 when it succeeded (or was only submitted), 1 when it failed or was stopped."""
+    """Returns the job's exit code: 0 when it succeeded (or was only submitted), 1 where it was killed or stopped."""
     client, address = job_client(address)
     job = submit_train(client, address, arguments, cwd=os.getcwd())
-    from ray.job_submission import JobStatus
-
     say(f"submitted {job} to {address}; logs: ray job logs {job} --address {address}")
     if not wait:
         return 0
+    try:
+        return _follow(client, address, job, say)
+    except KeyboardInterrupt as error:
+        error.add_note(f"{job} goes on; to end it: ray job stop {job} --address {address}")
+        raise
+
+
+def _follow(client: Any, address: str, job: str, say: Callable[[str], None]) -> int:
     shown, seen_at = 0, time.monotonic()
     while True:
         try:
@@ -102,6 +108,15 @@ def submit(address: str | None, arguments: list[str], *, wait: bool, say: Callab
         print(logs[shown:], end="", flush=True)
         shown = len(logs)
         if status.is_terminal():
-            say(f"{job} {status.value.lower()}")
-            return 0 if status == JobStatus.SUCCEEDED else 1
+            break
         time.sleep(POLL_S)
+    if status.value == "SUCCEEDED":
+        say(f"{job} succeeded")
+        return 0
+    try:
+        info = client.get_job_info(job)
+        code, reason = info.driver_exit_code or 0, f": {' '.join(info.message.split())[:200]}" if info.message else ""
+    except (OSError, RuntimeError):
+        code, reason = 0, ""
+    say(f"{job} {status.value.lower()}{reason}")
+    return code if code > 0 else 1
