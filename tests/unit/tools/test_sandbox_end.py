@@ -37,14 +37,19 @@ def test_a_folder_that_no_cleaner_can_be_forked_for_is_removed_after_another_end
         tried.append(path)
         if len(tried) == 1:
             raise BlockingIOError(errno.EAGAIN, "fork: Resource temporarily unavailable")
-        return subprocess.Popen(["rm", "-r", *Path(path).iterdir()]).pid
+        return started("rm", "-r", *Path(path).iterdir())
+
+    def started(*command: object) -> int:
+        processes.append(subprocess.Popen(command))  # kept: one that is let go of is reaped by the next Popen, before its server sees it
+        return processes[-1].pid
 
     def ended(**its: int) -> None:
-        child = server.adopt(subprocess.Popen(["true"]).pid, **its)
+        child = server.adopt(started("true"), **its)
         while child.number in server.children:
             server.on_exit(child)
 
     tried: list[str] = []
+    processes: list[subprocess.Popen] = []
     monkeypatch.setattr("tools_service.sandbox.cleaner.fork_cleaner", fork_cleaner)
     control, channel = socket.socketpair()
     confinement = SimpleNamespace(limits=Limits())
