@@ -92,6 +92,52 @@ def test_requests_that_are_lost_do_not_end_the_wait_for_a_job(lossy, capsys) -> 
     assert client.asked > 8 and capsys.readouterr().out == "step 1\n"
 
 
+class Ended:
+    """A job server whose one job ends at once, as told."""
+
+    def __init__(self, status: JobStatus, code: int | None, message: str | None) -> None:
+        self.status, self.info = status, SimpleNamespace(driver_exit_code=code, message=message)
+
+    def submit_job(self, **_) -> str:
+        return "job-1"
+
+    def get_job_status(self, job: str) -> JobStatus:
+        return self.status
+
+    def get_job_logs(self, job: str) -> str:
+        return ""
+
+    def get_job_info(self, job: str) -> SimpleNamespace:
+        return self.info
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message", "expected", "told"),
+    [
+        (JobStatus.SUCCEEDED, 0, "Job finished successfully.", 0, "job-1 succeeded"),
+        (JobStatus.FAILED, 2, "the command failed with\nexit code 2", 2, "job-1 failed: the command failed with exit code 2"),
+        (JobStatus.FAILED, -9, None, 1, "job-1 failed"),
+        (JobStatus.STOPPED, None, None, 1, "job-1 stopped"),
+    ],
+)
+def test_the_exit_code_is_the_jobs(lossy, status, code, message, expected, told) -> None:
+    lossy(Ended(status, code, message))
+    said = []
+    assert submit.submit(None, ["calculator"], wait=True, say=said.append) == expected
+    assert said[-1] == told
+
+
+def test_a_job_that_is_left_goes_on_and_the_last_line_says_so(lossy, monkeypatch) -> None:
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    lossy(Ended(JobStatus.RUNNING, None, None))
+    monkeypatch.setattr(submit.time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt) as left:
+        submit.submit(None, ["calculator"], wait=True, say=lambda _: None)
+    assert left.value.__notes__ == ["job-1 goes on; to end it: ray job stop job-1 --address http://head:8265"]
+
+
 def test_a_job_that_is_out_of_sight_for_long_is_one_line_that_says_how_to_find_it(lossy) -> None:
     lossy(Lossy(lost=4))
     with pytest.raises(UserError, match=r"^job-1 is out of sight for 0 s \(Connection aborted.\); .*ray job logs job-1 --address"):
