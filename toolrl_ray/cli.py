@@ -240,7 +240,7 @@ def _take_recipe(options: argparse.Namespace) -> None:
     elif options.overrides:
         options.recipe, *options.overrides = options.overrides
     else:
-        raise UserError("a recipe is missing, or --resume RUN_DIR; see --help")
+        raise UserError(f"a recipe is missing, or --resume RUN_DIR; see toolrl {options.run.__name__.strip('_')} --help")
 
 
 def _run_folder(options: argparse.Namespace) -> tuple[Any, Path]:

@@ -76,6 +76,7 @@ def start(
         raise ServiceError(f"{_wanted(plan)}; the cluster has {total:g} in all")
     deadline = time.monotonic() + start_timeout_s
     _start_serve(http)
+    _check_connected()
     if _state(app_name)[0] not in ("NOT_STARTED", "DEPLOY_FAILED"):
         raise ServiceError(f"an application {app_name!r} runs on this cluster already; stop it or choose another name")
     application = _application(tools, plan, http is not None)
@@ -96,7 +97,16 @@ def start(
                 f"{free:g} of {total:g} are free; {state[1][-500:]}"
             )
         time.sleep(POLL_S)  # Serve offers no event to wait for
+        _check_connected()
     return {name: serve.get_deployment_handle(name, app_name) for name in tools}
+
+
+def _check_connected() -> None:
+    """Serve's functions start a Ray where there is none: also where this one's was ended meanwhile, by another thread."""
+    import ray
+
+    if not ray.is_initialized():
+        raise ServiceError("Ray was ended while the tools started")
 
 
 def shutdown(app_name: str = DEFAULT_APP, *, wait: bool = True, timeout_s: float | None = None) -> None:

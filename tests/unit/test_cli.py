@@ -53,6 +53,7 @@ def run(arguments: list[str]) -> int:
         ("", ["COMMAND", "toolrl --help"]),
         ("frobnicate", ["'frobnicate'", "train", "doctor"]),
         ("train", ["recipe", "toolrl train --help"]),
+        ("submit", ["recipe", "toolrl submit --help"]),
         ("train calculator --quickly", ["--quickly"]),
         ("train train.num_steps=3", ["'train.num_steps=3'", "calculator"]),
         ("train --resume nowhere", ["/nowhere'", "no config.yaml there", "give the folder of a run"]),
