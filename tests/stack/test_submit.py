@@ -111,7 +111,7 @@ def test_toolrl_submit_says_within_seconds_what_the_cluster_lacks(head, tmp_path
     address, environment = head
     command = [BIN / "toolrl", "submit", "calculator", "--address", address, f"run_dir={tmp_path / 'run'}", *SMALL, "rollout.num_actors=5"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1, done.stderr
+    assert done.returncode == 2, done.stderr
     assert "this cluster cannot hold the plan: 5.6 CPUs are needed (rollout 5, learner 0.5, tools 0.1) and 2 are there" in done.stdout
     assert not (tmp_path / "run").exists()
 
