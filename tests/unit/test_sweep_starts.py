@@ -12,11 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.unit.test_sweep_runs import stub  # noqa: F401  of every test here too
 from toolrl_ray import cli, placement, submit, sweep, sweep_cli, sweep_runs
 from toolrl_ray.errors import UserError
 from toolrl_ray.placement import Share
 
-STUB = [sys.executable, str(Path(__file__).parent / "study_stub.py")]
 LIVES = """
 import fcntl, sys
 file = open(sys.argv[1], "w")
@@ -25,14 +25,6 @@ print("process 4711 on elsewhere", file=file, flush=True)
 print("locked", flush=True)
 sys.stdin.read()
 """
-
-
-@pytest.fixture(autouse=True)
-def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(sweep_runs, "TRAIN", STUB)
-    monkeypatch.setattr(sweep_runs, "POLL_S", 0.02)
 
 
 @pytest.fixture
