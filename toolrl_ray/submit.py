@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -57,13 +58,22 @@ def job_client(address: str | None) -> tuple[Any, str]:
         return JobSubmissionClient(address), address
 
 
-def submit_train(client: Any, address: str, arguments: list[str], *, cwd: str) -> str:
-    """Submits `toolrl train ARGUMENTS`; returns the job's id. cwd: where relative paths in them begin; a cluster that lacks that folder
-    says so in the job's log, and the job starts in one of its own. Raises UserError when the cluster does not take it."""
+def new_job_id() -> str:
+    return f"toolrl-{secrets.token_hex(8)}"
+
+
+def submit_train(client: Any, address: str, arguments: list[str], job: str, *, cwd: str) -> None:
+    """Submits `toolrl train ARGUMENTS` by an id of `new_job_id`; asked again after an answer that was lost, it makes no second job.
+    cwd: where relative paths in them begin; a cluster that lacks that folder says so in the job's log, and the job starts in one of its
+    own. Raises UserError when the cluster does not take it."""
     command = f"cd {shlex.quote(cwd)}; exec {shlex.join(['toolrl', 'train', *arguments])}"
     environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}  # else 3 s: too few to take the tools down
     with _told(address):
-        return client.submit_job(entrypoint=command, runtime_env={"env_vars": environment})
+        try:
+            client.submit_job(entrypoint=command, runtime_env={"env_vars": environment}, submission_id=job)
+        except RuntimeError as error:
+            if f"{job} already exists" not in str(error):
+                raise
 
 
 def cluster_nodes(address: str) -> list[dict[str, float]]:
@@ -82,7 +92,7 @@ def cluster_nodes(address: str) -> list[dict[str, float]]:
 def submit(address: str | None, arguments: list[str], *, wait: bool, say: Callable[[str], None]) -> int:
     """Returns the job's exit code: 0 when it succeeded (or was only submitted), 1 where it was killed or stopped."""
     client, address = job_client(address)
-    job = submit_train(client, address, arguments, cwd=os.getcwd())
+    submit_train(client, address, arguments, job := new_job_id(), cwd=os.getcwd())
     say(f"submitted {job} to {address}; logs: ray job logs {job} --address {address}")
     if not wait:
         return 0

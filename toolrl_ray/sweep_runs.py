@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from toolrl_ray import sweep
 from toolrl_ray.errors import UserError
 from toolrl_ray.placement import Share
-from toolrl_ray.submit import Unreachable
+from toolrl_ray.submit import Unreachable, new_job_id
 from toolrl_ray.sweep import PlannedRun, State
 
 TRAIN = [sys.executable, "-m", "toolrl_ray.cli", "train"]
@@ -39,6 +39,7 @@ class Running(Protocol):
     def kill(self) -> None: ...
 
 
+Submit = Callable[[list[str], str], None]  # with the arguments of `toolrl train` and the id of its job
 Start = Callable[[PlannedRun, int], Running | None]  # with the number of its place, 0 to jobs - 1; None: others run it, or have
 
 
@@ -228,17 +229,17 @@ def _is_over(client: Any, job: str) -> bool:
         return f"{job} does not exist" in str(error)
 
 
-def _patient(submit: Callable[[list[str]], str]) -> Callable[[list[str]], str]:
+def _patient(submit: Submit) -> Submit:
     """Submits again where no answer came, until none has come for UNREACHABLE_S: nor could the other jobs be asked meanwhile."""
     silent_since: float | None = None
 
-    def patiently(arguments: list[str]) -> str:
+    def patiently(arguments: list[str], job: str) -> None:
         nonlocal silent_since
         while True:
             try:
-                job = submit(arguments)
+                submit(arguments, job)
                 silent_since = None
-                return job
+                return
             except Unreachable:
                 silent_since = silent_since or time.monotonic()
                 if time.monotonic() - silent_since > UNREACHABLE_S:
@@ -248,7 +249,7 @@ def _patient(submit: Callable[[list[str]], str]) -> Callable[[list[str]], str]:
     return patiently
 
 
-def job_start(folder: Path, recipe: str, client: Any, submit: Callable[[list[str]], str]) -> Start:
+def job_start(folder: Path, recipe: str, client: Any, submit: Submit) -> Start:
     """A job of an earlier call that still runs is taken up again."""
     submit = _patient(submit)
 
@@ -260,8 +261,15 @@ def job_start(folder: Path, recipe: str, client: Any, submit: Callable[[list[str
                 return None
             job = note.read_text() if note.exists() else ""
             if not job or _is_over(client, job):
-                job = submit(sweep.arguments(folder, recipe, run))
-                note.write_text(job)
+                arguments = sweep.arguments(folder, recipe, run)
+                note.write_text(job := new_job_id())  # first: whatever ends this process, the job is not lost
+                try:
+                    submit(arguments, job)
+                except Unreachable:
+                    raise
+                except Exception:
+                    note.unlink()
+                    raise
             return JobRun(client, job, log)
         except BaseException:
             log.close()  # and let go of the run

@@ -21,6 +21,15 @@ import pytest
 BIN = Path(sys.executable).parent
 SMALL = "task.num_train=64 task.num_heldout=8 eval.num_tasks=8 bootstrap.num_steps=2 train.tasks_per_step=8 train.num_steps=1".split()
 
+AGAIN = """
+import pathlib, sys
+from toolrl_ray import submit
+client, address = submit.job_client(sys.argv[1])
+before = client.list_jobs()
+submit.submit_train(client, address, ["calculator"], pathlib.Path(sys.argv[2]).read_text(), cwd="/")  # its answer was lost, say
+assert len(before) >= 2 and len(client.list_jobs()) == len(before)
+"""
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -127,3 +136,5 @@ def test_a_study_runs_as_ray_jobs_one_after_another_where_the_cluster_holds_one(
     assert "| calculator | 2 of 2 |" in done.stdout
     assert "held-out accuracy" in (folder / "seed-1.log").read_text()
     assert (folder / "plot.png").is_file()
+    again = subprocess.run([sys.executable, "-c", AGAIN, address, folder / "seed-1.job"], env=environment, capture_output=True, timeout=60)
+    assert again.returncode == 0, again.stderr

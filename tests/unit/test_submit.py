@@ -27,10 +27,10 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setenv("PATH", f"{stub.parent}:{os.environ['PATH']}")
     said: list[str] = []
 
-    def submit_job(entrypoint: str, runtime_env: dict[str, Any]) -> str:
+    def submit_job(entrypoint: str, runtime_env: dict[str, Any], submission_id: str) -> str:
         done = subprocess.run(entrypoint, shell=True, cwd=tmp_path / "session", capture_output=True, text=True, timeout=60)
         said.append(done.stdout.strip())
-        return f"job-{len(said)}"
+        return submission_id
 
     monkeypatch.setattr(submit, "job_client", lambda address: (SimpleNamespace(submit_job=submit_job), "http://head:8265"))
     return said
@@ -44,7 +44,7 @@ def test_a_job_starts_in_the_folder_of_the_command_or_in_its_own_where_the_clust
     monkeypatch.chdir(folder)
     submit.submit(None, ["my.yaml", "task.module=my task.py"], wait=False, say=print)
     assert jobs == [f"{folder} train my.yaml task.module=my task.py"]
-    submit.submit_train(submit.job_client(None)[0], "", ["calculator"], cwd=str(tmp_path / "elsewhere"))
+    submit.submit_train(submit.job_client(None)[0], "", ["calculator"], "job", cwd=str(tmp_path / "elsewhere"))
     assert jobs[1] == f"{tmp_path / 'session'} train calculator"
 
 
@@ -66,8 +66,8 @@ class Lossy:
     def __init__(self, lost: int) -> None:
         self.lost, self.asked = lost, 0
 
-    def submit_job(self, **_) -> str:
-        return "job-1"
+    def submit_job(self, submission_id: str, **_) -> str:
+        return submission_id
 
     def get_job_status(self, job: str) -> JobStatus:
         self.asked += 1
@@ -83,6 +83,7 @@ class Lossy:
 def lossy(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(submit, "POLL_S", 0.01)
     monkeypatch.setattr(submit, "LOST_S", 0.2)
+    monkeypatch.setattr(submit, "new_job_id", lambda: "job-1")
     return lambda client: monkeypatch.setattr(submit, "job_client", lambda address: (client, "http://head:8265"))
 
 
@@ -98,8 +99,8 @@ class Ended:
     def __init__(self, status: JobStatus, code: int | None, message: str | None) -> None:
         self.status, self.info = status, SimpleNamespace(driver_exit_code=code, message=message)
 
-    def submit_job(self, **_) -> str:
-        return "job-1"
+    def submit_job(self, submission_id: str, **_) -> str:
+        return submission_id
 
     def get_job_status(self, job: str) -> JobStatus:
         return self.status

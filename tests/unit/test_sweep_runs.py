@@ -183,12 +183,10 @@ class Jobs:
         self.stopped: list[str] = []
         self.endless = False
 
-    def submit(self, arguments: list[str]) -> str:
-        job = f"job-{len(self.asked)}"
+    def submit(self, arguments: list[str], job: str) -> None:
         self.asked[job] = 0
         if subprocess.run([*STUB, *arguments], capture_output=True, timeout=60).returncode:
             self.failing.append(job)
-        return job
 
     def get_job_status(self, job: str) -> SimpleNamespace:
         self.asked[job] += 1
@@ -247,7 +245,7 @@ def test_ctrl_c_stops_the_jobs(jobs: SimpleNamespace, monkeypatch: pytest.Monkey
     monkeypatch.setattr(sweep_runs, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
     with pytest.raises(KeyboardInterrupt):
         jobs.run()
-    assert jobs.server.stopped == ["job-0", "job-1"]
+    assert jobs.server.stopped == list(jobs.server.asked) and len(jobs.server.asked) == 2
 
 
 def test_what_contradicts_itself_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

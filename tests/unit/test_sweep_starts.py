@@ -84,7 +84,7 @@ class Client:
     """Of a job server where every job has `value` in the end; `failures`: what its next answers are instead."""
 
     def __init__(self, *failures: Exception, value: str = "SUCCEEDED"):
-        self.failures, self.value, self.submitted = list(failures), value, 0
+        self.failures, self.value, self.submitted = list(failures), value, list[str]()
 
     def get_job_status(self, job: str) -> SimpleNamespace:
         if self.failures:
@@ -97,20 +97,19 @@ class Client:
     def stop_job(self, job: str) -> None:
         pass
 
-    def submit(self, arguments: list[str]) -> str:
-        self.submitted += 1
-        return f"raysubmit_{self.submitted + 1}"
+    def submit(self, arguments: list[str], job: str) -> None:
+        self.submitted.append(job)
 
 
 @pytest.mark.parametrize(
-    ("error", "job"),
+    ("error", "again"),
     [
-        (ConnectionError("Connection reset by peer"), "raysubmit_1"),
-        (RuntimeError("Request failed with status code 502: Bad Gateway."), "raysubmit_1"),
-        (RuntimeError("Request failed with status code 404: Job raysubmit_1 does not exist."), "raysubmit_2"),
+        (ConnectionError("Connection reset by peer"), False),
+        (RuntimeError("Request failed with status code 502: Bad Gateway."), False),
+        (RuntimeError("Request failed with status code 404: Job raysubmit_1 does not exist."), True),
     ],
 )
-def test_only_a_job_that_its_cluster_does_not_know_is_submitted_again(study: Path, error: Exception, job: str) -> None:
+def test_only_a_job_that_its_cluster_does_not_know_is_submitted_again(study: Path, error: Exception, again: bool) -> None:
     run = sweep.plan(sweep.open_study(study), study)[0]
     (study / "seed-0").mkdir()
     (study / "seed-0.job").write_text("raysubmit_1")
@@ -118,8 +117,8 @@ def test_only_a_job_that_its_cluster_does_not_know_is_submitted_again(study: Pat
     running = sweep_runs.job_start(study, "calculator", client, client.submit)(run, 0)
     assert running is not None and running.poll() is None
     running.kill()
-    assert (study / "seed-0.job").read_text() == job
-    assert (study / "seed-0").exists() == (job == "raysubmit_1")
+    assert (study / "seed-0.job").read_text() == (client.submitted[0] if again else "raysubmit_1")
+    assert (study / "seed-0").exists() != again
 
 
 @pytest.mark.parametrize(("value", "code"), [("SUCCEEDED", 0), ("FAILED", 1)])
@@ -132,7 +131,7 @@ def test_a_job_whose_logs_cannot_be_had_ends_all_the_same(study: Path, value: st
     running = sweep_runs.job_start(study, "calculator", client, client.submit)(run, 0)
     assert running is not None and running.poll() == code
     running.kill()
-    said = "the logs of raysubmit_2 cannot be had: Request failed with status code 500: its node is gone"
+    said = f"the logs of {client.submitted[0]} cannot be had: Request failed with status code 500: its node is gone"
     assert sweep.last_line(study / "seed-0.log") == said
 
 
@@ -150,16 +149,18 @@ def run_jobs(study: Path):
     return run
 
 
-def test_a_submit_that_got_no_answer_is_tried_again(run_jobs) -> None:
-    answers = iter(["job-1", ConnectionError("Connection reset by peer"), "job-2"])
+def test_a_submit_whose_answer_is_lost_is_tried_again_and_makes_one_job(run_jobs, study: Path) -> None:
+    made: list[str] = []
 
-    def submit_job(**_) -> str:
-        if isinstance(answer := next(answers), Exception):
-            raise answer
-        return answer
+    def submit_job(submission_id: str, **_) -> str:
+        if submission_id in made:  # as Ray answers
+            raise RuntimeError(f"Request failed with status code 500: Job with submission_id {submission_id} already exists. Please use")
+        made.append(submission_id)
+        raise ConnectionError("Connection reset by peer")
 
     said = run_jobs(Client(), submit_job)
-    assert said[:2] == ["seed-0: started (1 of 2)", "seed-1: started (2 of 2)"] and next(answers, None) is None
+    assert said[:2] == ["seed-0: started (1 of 2)", "seed-1: started (2 of 2)"]
+    assert made == [(study / f"seed-{seed}.job").read_text() for seed in (0, 1)]
 
 
 @pytest.mark.parametrize(
@@ -184,6 +185,8 @@ def test_a_run_that_cannot_be_submitted_costs_itself_alone(run_jobs, study: Path
     assert said[0] == "seed-0: started (1 of 2)" and said[1].startswith(f"seed-1: FAILED to start: {line}")
     assert said[2].startswith("seed-0: FAILED after 0.0 min with exit code 0: what the job said")
     assert not sweep.is_held(study / "seed-1.log")
+    # Where no answer came the job may be there all the same: a later call asks for it by its id.
+    assert (study / "seed-1.job").exists() == isinstance(error, OSError)
 
 
 def test_an_evaluation_that_is_not_there_is_a_dash(study: Path) -> None:
@@ -202,7 +205,7 @@ def test_a_seed_that_another_process_has_done_meanwhile_is_not_run_again(study: 
     local = sweep_runs.local_start(study, "calculator", str(study), [], 0)
     job = sweep_runs.job_start(study, "calculator", client, client.submit)
     sweep_runs.run_all(todo[:1], job if as_job else local, 1, said.append, study)
-    assert said == ["seed-0: done by another process"] and client.submitted == 0
+    assert said == ["seed-0: done by another process"] and not client.submitted
     assert not list(study.glob("*.failed-1")) and not sweep.is_held(study / "seed-0.log")
 
 
