@@ -1,12 +1,13 @@
-"""Real vocabularies, as codecs, for property tests of the episode."""
+"""Vocabularies, as codecs, for property tests of the episode: real ones, and ones of the kinds that real models have."""
 
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import data_file
@@ -58,6 +59,29 @@ def straddling() -> HFCodec:
     return _hf(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>"))
 
 
+def sentencepiece(prepend: str = "normalizer") -> HFCodec:
+    """As Llama 2 and Mistral 7B have it: `▁` for a space and one before every text, the rest in bytes. prepend: by what, the normalizer
+    or a pre-tokenizer with that `prepend_scheme`."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    trained.train_from_iterator([line[i:] for line in CORPUS for i in range(0, len(line), 7)], trainers.BpeTrainer(show_progress=False))
+    model = json.loads(trained.to_str())["model"]
+    own = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys([*own, *model["vocab"]]))}
+    merges = [tuple(merge) for merge in model["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    if prepend == "normalizer":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", left=1, right=0)]
+    )
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in own[:3]])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
+    return _hf(PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"))
+
+
 def _hf(tokenizer: PreTrainedTokenizerFast) -> HFCodec:
     codec = HFCodec(tokenizer)
     codec.vocab_size = len(tokenizer)
@@ -78,6 +102,7 @@ MAKERS = {
     "gpt2": lambda: _from_files("gpt2"),
     "qwen2": lambda: _from_files("qwen2"),
     "straddling": straddling,
+    "sentencepiece": sentencepiece,
     "tiny": lambda: _hf(make_tokenizer(256, PIECES)),
 }
 
