@@ -186,7 +186,7 @@ class _Codec(HFCodec):
     plain characters, as everywhere in this project."""
 
     def encode_prompt(self, text: str) -> list[int]:
-        return self._prefix + self._encoders[False](text.encode("utf-8", "replace").decode("utf-8"))
+        return self._prefix + self._encode_whole(text.encode("utf-8", "replace").decode("utf-8"))
 
 
 def _wait_for(runner: asyncio.Runner, coroutine: Coroutine[Any, Any, Any]) -> Any:

@@ -97,10 +97,6 @@ class TransformersEngine:
                 for row in batch:
                     if not row.done.done():
                         row.done.set_exception(error)
-                continue
-            for row in batch:
-                if not row.done.done():
-                    row.done.set_result(Completion(row.token_ids, row.logprobs, row.versions, row.finish_reason or "length"))
 
     async def _sample(self, batch: list[_Row]) -> None:
         device = self._model.device
@@ -144,11 +140,16 @@ class TransformersEngine:
             if all(row.finish_reason for row in batch):
                 return
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
-            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(batch), 1)], dim=1)
+            # Rows that have ended stay where they are: a position beyond the model's last one would be an error.
+            goes_on = attention_mask.new_tensor([[row.finish_reason is None] for row in batch])
+            attention_mask = torch.cat([attention_mask, goes_on], dim=1)
 
     def _append(self, batch: list[_Row], tokens: list[int], logprobs: list[float]) -> None:
         for row, token, logprob in zip(batch, tokens, logprobs, strict=True):
             if row.finish_reason:
+                continue
+            if row.done.cancelled():  # its caller has gone
+                row.finish_reason = "abort"
                 continue
             row.token_ids.append(token)
             row.logprobs.append(logprob)
@@ -158,6 +159,8 @@ class TransformersEngine:
                 row.finish_reason = "stop"
             elif len(row.token_ids) >= row.params.max_tokens:
                 row.finish_reason = "length"
+            if row.finish_reason:  # its episode does not wait for the others
+                row.done.set_result(Completion(row.token_ids, row.logprobs, row.versions, row.finish_reason))
 
     @torch.no_grad()
     async def score(self, token_ids: list[int]) -> list[float]:

@@ -6,7 +6,7 @@ import gc
 import pytest
 import torch
 from safetensors.torch import save
-from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from toolrl_ray.errors import UserError
 from toolrl_ray.learner.engine import policy_tensors
@@ -99,6 +99,48 @@ def test_rows_of_one_batch_have_their_own_limits(engine):
     short, long = generate(engine, ([2], SamplingParams(1.0, 1, ())), ([2], SamplingParams(0.0, 7, ())))
     assert len(short.token_ids) == 1
     assert len(long.token_ids) in range(1, 8)
+
+
+def test_a_row_that_has_reached_the_models_last_position_does_not_fail_those_that_go_on():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(VOCABULARY), n_positions=16, n_embd=16, n_layer=1, n_head=1))
+    engine = TransformersEngine(model, decode, [], max_batch=4, seed=0, policy_version=0)
+    full, short = generate(engine, ([2] * 14, SamplingParams(1.0, 2, ())), ([3], SamplingParams(1.0, 12, ())))
+    assert (len(full.token_ids), len(short.token_ids)) == (2, 12)
+    wanted = reference(model, [3, *short.token_ids])
+    assert short.logprobs == pytest.approx([float(wanted[i, token]) for i, token in enumerate(short.token_ids)], abs=1e-5)
+
+
+@pytest.fixture
+def counted(model):
+    """An engine, and a list that grows with every forward."""
+    twin, forwards = LlamaForCausalLM(model.config), []
+    twin.register_forward_hook(lambda *_: forwards.append(1))
+    return TransformersEngine(twin, decode, [], max_batch=4, seed=0, policy_version=0), forwards
+
+
+def test_a_row_that_has_ended_is_handed_back_while_the_others_go_on(counted):
+    engine, forwards = counted
+
+    async def run():
+        long = asyncio.create_task(engine.generate([2], SamplingParams(1.0, 40, ())))
+        short = await engine.generate([2], SamplingParams(1.0, 1, ()))
+        return short, len(forwards), await long
+
+    short, after, long = asyncio.run(run())
+    assert len(short.token_ids) == 1 and after < 10 and len(long.token_ids) == 40
+
+
+def test_nothing_is_sampled_for_callers_that_have_gone(counted):
+    engine, forwards = counted
+
+    async def run():
+        gone = asyncio.create_task(engine.generate([2], SamplingParams(1.0, 60, ())))
+        while len(forwards) < 3:
+            await asyncio.sleep(0)
+        gone.cancel()
+        return await engine.generate([2], SamplingParams(1.0, 2, ()))
+
+    assert len(asyncio.run(run()).token_ids) == 2 and len(forwards) < 10
 
 
 def test_new_weights_are_sampled_from_and_stamped(model, engine):
