@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import mistral_common
 import pytest
 from learner_synthetic import save_model
 from safetensors.torch import load_file, save_file
@@ -124,6 +126,15 @@ def test_a_damaged_tokenizer_is_one_line(tokenizer: Path, text: str) -> None:
     with pytest.raises(UserError, match="^no tokenizer in policy.path=") as raised:
         load_codec(str(tokenizer))
     assert "\n" not in str(raised.value)
+
+
+def test_mistrals_own_format_is_passed_by_and_refused_where_it_is_alone(tokenizer: Path) -> None:
+    own = load_codec(str(tokenizer)).encode_prompt("1<call>")
+    shutil.copy(Path(mistral_common.__file__).parent / "data" / "tekken_240911.json", tokenizer / "tekken.json")
+    assert load_codec(str(tokenizer)).encode_prompt("1<call>") == own
+    (tokenizer / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"^policy.path='.*' has Mistral's tekken.json alone; put .* tokenizer.json beside it$"):
+        load_codec(str(tokenizer))
 
 
 @pytest.mark.parametrize(("eos", "ids"), [(None, set()), (7, {7}), ([7, 9], {7, 9})])

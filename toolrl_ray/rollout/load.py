@@ -16,27 +16,40 @@ from toolrl_ray.pretrained import load_model, one_line
 from toolrl_ray.rollout.runner import RolloutEngine
 from tools_service.runner import ToolInfo
 
+TEKKEN = "tekken.json"
+
 
 def load_codec(policy_dir: str) -> HFCodec:
     """Raises UserError with one line."""
     from transformers import AutoTokenizer
 
+    if _has_file(policy_dir, TEKKEN) and not _has_file(policy_dir, "tokenizer.json"):
+        raise UserError(f"policy.path={policy_dir!r} has Mistral's {TEKKEN} alone; put the same model's tokenizer.json beside it")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(policy_dir)
+        # Mistral's own format has a tokenizer class of its own, which neither writes special tokens out nor takes a chat template.
+        return HFCodec(AutoTokenizer.from_pretrained(policy_dir, mistral_format=False), _generation_eos(policy_dir))
+    except UserError:
+        raise
     except Exception as error:  # of tokenizers some are of no class of their own
         what = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"no tokenizer in policy.path={policy_dir!r} that transformers can load ({what})") from None
-    return HFCodec(tokenizer, _generation_eos(policy_dir))
+
+
+def _has_file(policy_dir: str, name: str) -> bool:
+    from transformers.utils import cached_file
+
+    try:
+        return cached_file(policy_dir, name) is not None
+    except OSError:
+        return False
 
 
 def _generation_eos(policy_dir: str) -> list[int]:
     """The EOS ids of the model's generation config; none where it has no such file. Raises UserError for a damaged one."""
     from transformers import GenerationConfig
-    from transformers.utils import GENERATION_CONFIG_NAME, cached_file
+    from transformers.utils import GENERATION_CONFIG_NAME
 
-    try:
-        cached_file(policy_dir, GENERATION_CONFIG_NAME)
-    except OSError:
+    if not _has_file(policy_dir, GENERATION_CONFIG_NAME):
         return []
     where = f"policy.path={policy_dir!r}: {GENERATION_CONFIG_NAME}"
     try:

@@ -79,6 +79,9 @@ class VLLMEngine:
         num_sequences = max(config.rollout.max_in_flight, config.eval.max_in_flight)
         args = AsyncEngineArgs(
             model=policy_dir,
+            # Never Mistral's own format, which vLLM prefers where it is: weights come by the names of transformers.
+            tokenizer_mode="hf",
+            config_format="hf",
             dtype=config.policy.dtype,
             max_model_len=config.episode.max_context_tokens,
             max_num_seqs=num_sequences,
