@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Coroutine
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -41,22 +41,36 @@ class InProcessRollout:
         call_format = make_call_format(config, codec, self._tools.infos())
         self._inbox = Inbox()
         generate = self._inbox.sampling(self.engine.generate)
-        self._inbox.run = EpisodeRunner(config, generate, self._tools, codec, call_format).run
+        runner = EpisodeRunner(config, generate, self._tools, codec, call_format)
+        self._inbox.run = runner.run
+        self._clock = runner.clock
         self._outstanding: set[str] = set()
 
     @property
     def num_outstanding(self) -> int:
         return len(self._outstanding)
 
+    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """What it returns. The clock of the deadlines goes only meanwhile: what an update between two calls takes, no episode can help."""
+
+        async def timed() -> Any:
+            self._clock.go()
+            try:
+                return await coroutine
+            finally:
+                self._clock.stop()
+
+        return self._loop.run(timed())
+
     def submit(self, requests: list[EpisodeRequest], *, max_in_flight: int | None = None) -> None:
         async def start() -> None:
             self._inbox.submit(requests, max_in_flight or self._config.rollout.max_in_flight)
 
         self._outstanding |= {request.episode_id for request in requests}
-        self._loop.run(start())
+        self._run(start())
 
     def poll(self, max_wait_s: float = 1.0) -> list[Trajectory]:
-        outcomes = self._loop.run(self._inbox.take(max_wait_s)) if self._outstanding else []
+        outcomes = self._run(self._inbox.take(max_wait_s)) if self._outstanding else []
         trajectories = []
         for outcome in outcomes:
             if outcome.mistake:
@@ -71,7 +85,7 @@ class InProcessRollout:
         async def stop() -> None:
             self._inbox.cancel(list(episode_ids))
 
-        self._loop.run(stop())
+        self._run(stop())
         self._outstanding -= set(episode_ids)
 
     def cancel_all(self) -> None:
