@@ -115,11 +115,15 @@ def _gpu_contradictions(config: RunConfig) -> Iterator[str]:
         yield f"learner.num_gpus={learner.num_gpus:g} contradicts {ranks}: ranks cannot share a GPU; set learner.num_gpus=1 or 0"
     if rollout.engine == "transformers" and on_gpus:
         yield f"rollout.engine=transformers contradicts weights.backend={backend}, which vLLM alone has; set weights.backend=auto"
+    most_actors = max(rollout.num_actors, rollout.max_actors or 1)
+    if learner.num_gpus == 0 and rollout.engine == "vllm" and 0 < rollout.num_gpus < 1 < most_actors:
+        several = actors if rollout.num_actors > 1 else f"rollout.max_actors={rollout.max_actors}"
+        yield f"rollout.num_gpus={rollout.num_gpus:g} contradicts {several}: vLLM engines cannot share a GPU; set rollout.num_gpus=1 or 0"
     if rollout.num_gpus == 0 or learner.num_gpus == 0:
         return
     gpus = f"rollout.num_gpus={rollout.num_gpus:g} and learner.num_gpus={learner.num_gpus:g}"
     one_gpu = rollout.num_gpus + learner.num_gpus <= 1
-    one_pair = one_gpu and max(rollout.num_actors, rollout.max_actors or 1) == 1 and learner.num_ranks == 1
+    one_pair = one_gpu and most_actors == 1 and learner.num_ranks == 1
     if backend == "ipc" and not one_pair:
         yield (
             f"weights.backend=ipc contradicts {gpus} with {actors} and {ranks}: it serves one RolloutActor and one rank that share "

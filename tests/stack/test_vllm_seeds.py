@@ -15,8 +15,9 @@ NUM_SEEDS, NUM_ROUNDS, NUM_REQUESTS = 40, 2, 150
 
 
 async def outcomes(path: str) -> dict[int, set[tuple[int, ...]]]:
-    """By seed, what was sampled. Prompts of one round are longer than one step's token budget, which would be prefilled in chunks."""
-    engine = VLLMEngine(RunConfig(recipe="test"), path, "object_store", 0)
+    """By seed, what was sampled. Prompts of one round are longer than one step's token budget, which would be prefilled in chunks.
+    More sequences than the tokens of a step that vLLM would take by itself must start too."""
+    engine = VLLMEngine(RunConfig(recipe="test", rollout={"max_in_flight": 2100}), path, "object_store", 0)
     rng = random.Random(0)
     prompts = [[rng.randrange(20, 100) for _ in range(rng.randrange(5, 200))] for _ in range(20)]
     found: dict[int, set[tuple[int, ...]]] = {}

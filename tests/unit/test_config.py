@@ -120,6 +120,8 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(recipe: str, overrid
         (["rollout.num_cpus=0"], ["rollout.num_cpus=0", "rollout.num_gpus=0", "set rollout.num_cpus=0.1 or more"]),
         (["learner.num_cpus=0"], ["learner.num_cpus=0", "learner.num_gpus=0", "set learner.num_cpus=0.1 or more"]),
         (["learner.num_gpus=0.5", "learner.num_ranks=2"], ["learner.num_gpus=0.5", "learner.num_ranks=2", "set learner.num_gpus=1 or 0"]),
+        (["rollout.num_gpus=0.5", "rollout.num_actors=2"], ["rollout.num_gpus=0.5", "rollout.num_actors=2", "set rollout.num_gpus=1 or 0"]),
+        (["rollout.num_gpus=0.5", "rollout.max_actors=3"], ["rollout.num_gpus=0.5", "rollout.max_actors=3", "cannot share a GPU"]),
         (["policy.dtype=bfloat16"], ["policy.dtype=bfloat16", "learner.zero_stage=0", "set learner.zero_stage=2 or 3"]),
         (["algo.kl_in=loss"], ["algo.kl_estimator=k1", "algo.kl_in=loss", "set algo.kl_estimator=k2 or k3"]),
         (["tools.custom.Mine=mine.py:Mine"], ["tools.custom.Mine", "tools.names=['SimpleCalculatorTool']", "add it there"]),

@@ -77,6 +77,8 @@ class VLLMEngine:
         self._seed, self._draws_apart = config.seed, not on_gpu
         self._recompute = config.weights.kv_cache == "recompute"
         num_sequences = max(config.rollout.max_in_flight, config.eval.max_in_flight)
+        # Of one step: at least one of each sequence, and on CPU, without chunks, a whole prompt. vLLM's own choice is 2,048.
+        step_tokens = max(8192 if on_gpu else config.episode.max_context_tokens, 2048, num_sequences)
         args = AsyncEngineArgs(
             model=policy_dir,
             # Never Mistral's own format, which vLLM prefers where it is: weights come by the names of transformers.
@@ -85,6 +87,7 @@ class VLLMEngine:
             dtype=config.policy.dtype,
             max_model_len=config.episode.max_context_tokens,
             max_num_seqs=num_sequences,
+            max_num_batched_tokens=step_tokens,
             enable_prefix_caching=True,
             enforce_eager=not on_gpu,
             # Logprobs of the distribution that was sampled from, temperature included.
