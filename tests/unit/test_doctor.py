@@ -78,6 +78,30 @@ def fake_program(folder: Path, name: str, script: str) -> Path:
     return path
 
 
+@pytest.mark.parametrize(
+    ("printed", "ok", "detail"),
+    [
+        ("2 13.0\n", True, "torch for CUDA 13.0 can use 2 GPU(s)"),
+        ("0 13.0\n", False, "torch for CUDA 13.0 can use 0 GPU(s)"),
+        ("0 None\n", False, "the installed torch is its CPU build"),
+        (None, False, "torch does not start"),
+    ],
+)
+def test_a_torch_that_cannot_use_the_gpus_is_a_gap(monkeypatch: pytest.MonkeyPatch, printed: str | None, ok: bool, detail: str) -> None:
+    monkeypatch.setattr(doctor, "_run", lambda command, timeout_s: printed)
+    check = doctor.cuda()
+    assert (check.ok, check.detail, check.required) == (ok, detail, True)
+
+
+def test_a_gpu_needs_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(doctor.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert doctor.compiler().detail == f"missing: a C compiler, {tmp_path / 'Python.h'}"
+    (tmp_path / "Python.h").touch()
+    gcc = fake_program(tmp_path, "gcc", "exit 0")
+    assert (doctor.compiler().ok, doctor.compiler().detail) == (True, str(gcc))
+
+
 def test_gpus_are_those_that_nvidia_smi_lists(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert doctor.gpu_names() == []
