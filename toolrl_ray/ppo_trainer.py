@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from toolrl_ray.config import RunConfig
 from toolrl_ray.errors import ConfigError
 from toolrl_ray.learner.batch import Batch
-from toolrl_ray.learner.model import PolicyWithValue
+from toolrl_ray.learner.model import PolicyWithValue, leave_nothing_to_chance
 from toolrl_ray.learner.targets import Targets
 from toolrl_ray.learner.update import Learner
 from toolrl_ray.ppo_statistics import row_statistics, update_statistics
@@ -135,8 +135,9 @@ class PPOTrainer:
         reference = copy.deepcopy(self._lm) if ref_model is None else causal_lm(ref_model)
         if reference is self._lm:
             raise ConfigError("ref_model is the model itself, which changes; give a copy of it, or leave ref_model out")
-        if any(p.dtype == torch.float16 for p in self._lm.parameters()):
-            raise ConfigError("the model has float16 weights, whose gradients overflow; give model.float(), or one in bfloat16")
+        if kinds := {p.dtype for p in self._lm.parameters() if p.requires_grad and p.dtype != torch.float32}:
+            kind = str(kinds.pop()).removeprefix("torch.")
+            raise ConfigError(f"the model's weights are {kind}, in which most steps of an optimiser are lost; give model.float()")
         device = self._lm.device
         if device.type not in ("cpu", "cuda") or device.index:
             raise ConfigError(f"the model is on {device}; the trainer works on cpu or cuda:0, move the model there")
@@ -158,7 +159,8 @@ class PPOTrainer:
         """
         rows = self._trajectories(queries, responses, scores, response_masks)
         self._num_steps += 1
-        with eval_mode(self._lm):  # ratios are only right without dropout
+        with eval_mode(self._lm):
+            leave_nothing_to_chance(self._lm)
             metrics = self._learner.update(rows)
         statistics = update_statistics(metrics, self._learner.config, len(rows), self._learner.seen)
         return statistics | row_statistics(queries, responses, [row.reward for row in rows])

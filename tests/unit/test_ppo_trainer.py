@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from learner_synthetic import random_trajectories, run_config
+from learner_synthetic import count_checkpoints, random_trajectories, run_config
 from torch import nn
 
 from tests.unit.text_parts import PROMPT, tiny_lm, tokenizer
@@ -58,10 +58,18 @@ def distance(a, b) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
-def test_a_float16_model_is_refused_in_one_line():
-    with pytest.raises(ConfigError, match=r"model has float16 weights, .* give model\.float\(\)") as refused:
-        trainer(tiny_lm(tokenizer()).half())
-    assert "\n" not in str(refused.value)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_a_model_whose_weights_are_not_float32_is_refused_in_one_line(dtype):
+    with pytest.raises(ConfigError, match=rf"^the model's weights are {dtype}, .* give model\.float\(\)$"):
+        trainer(tiny_lm(tokenizer()).to(getattr(torch, dtype)))
+
+
+def test_a_step_checkpoints_activations_where_the_model_was_told_to():
+    lm = tiny_lm(tokenizer())
+    lm.gradient_checkpointing_enable()
+    checkpointed = count_checkpoints(lm)
+    trainer(lm).step(*tensors(ROWS))
+    assert checkpointed
 
 
 def test_a_step_trains_the_model_in_place_and_returns_the_familiar_statistics():

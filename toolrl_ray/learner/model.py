@@ -102,17 +102,28 @@ class PolicyWithValue(nn.Module):
 
 
 def load_policy(path: str, dtype: str) -> nn.Module:
-    """The causal LM in the folder (or of the Hub name) `path`, every dropout rate 0, in training mode.
+    """The causal LM in the folder (or of the Hub name) `path`, every dropout rate 0, in eval mode.
 
     Raises UserError with one line where there is no complete model.
     """
     from transformers import AutoModelForCausalLM
 
-    return load_model(AutoModelForCausalLM, path, dtype).train()
+    return load_model(AutoModelForCausalLM, path, dtype).eval()
 
 
 def load_trunk(path: str, dtype: str) -> nn.Module:
     """The same model without its output embedding, as the trunk of a separate critic. Raises as `load_policy` does."""
     from transformers import AutoModel
 
-    return load_model(AutoModel, path, dtype).train()
+    return load_model(AutoModel, path, dtype).eval()
+
+
+def leave_nothing_to_chance(model: nn.Module) -> nn.Module:
+    """The model with every module in eval mode: in training mode there is dropout, and some routers of experts jitter or sample, so that
+    two forwards of the same weights differ and importance ratios are wrong. Only modules that checkpoint their activations stay in
+    training mode, without which they do not."""
+    model.eval()
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True  # its own flag alone: what draws lies further inside
+    return model

@@ -24,7 +24,7 @@ from toolrl_ray.learner.batch import Batch, make_batch
 from toolrl_ray.learner.engine import Engine, Forward, TorchEngine
 from toolrl_ray.learner.export import write_policy
 from toolrl_ray.learner.lora import adapters_off, add_adapters
-from toolrl_ray.learner.model import PolicyWithValue, load_policy, load_trunk
+from toolrl_ray.learner.model import PolicyWithValue, leave_nothing_to_chance, load_policy, load_trunk
 from toolrl_ray.learner.state import StateWriter, restore, snapshot
 from toolrl_ray.learner.targets import Targets, make_targets, score, target_metrics
 from toolrl_ray.types import Trajectory
@@ -92,7 +92,8 @@ class Learner:
         if self.config.learner.gradient_checkpointing:
             for model in filter(None, (lm, trunk)):
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        return PolicyWithValue(lm, critic, trunk, self.config.rollout.temperature, entropy_grad=algo.ent_coef > 0)
+        module = PolicyWithValue(lm, critic, trunk, self.config.rollout.temperature, entropy_grad=algo.ent_coef > 0)
+        return leave_nothing_to_chance(module)
 
     @torch.no_grad()
     def _without_adapters(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:

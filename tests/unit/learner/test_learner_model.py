@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from learner_synthetic import VOCAB, random_trajectories, save_model
-from transformers import AutoModelForCausalLM
+from learner_synthetic import VOCAB, count_checkpoints, random_trajectories, save_model
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from toolrl_ray.errors import LearnerError, UserError
 from toolrl_ray.learner.batch import make_batch
-from toolrl_ray.learner.model import PolicyWithValue, load_policy, load_trunk
+from toolrl_ray.learner.model import PolicyWithValue, leave_nothing_to_chance, load_policy, load_trunk
 
 KINDS = ("tied", "untied", "gpt2")
 
@@ -92,22 +92,37 @@ def test_nothing_selected_gives_empty_results_and_zero_gradients_everywhere(fold
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-def test_training_mode_is_on_and_dropout_is_off(tmp_path):
-    model = PolicyWithValue(load_policy(save_model(tmp_path / "m", "gpt2"), "float32"))
-    assert model.lm.training and any(isinstance(m, torch.nn.Dropout) for m in model.modules())
+def mixtral(path) -> str:
+    """Its routers jitter in training mode."""
+    config = MixtralConfig(
+        vocab_size=VOCAB, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=4, router_jitter_noise=0.5, initializer_range=0.1,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("make", [lambda path: save_model(path, "gpt2"), mixtral], ids=["dropout", "router jitter"])
+def test_two_forwards_of_the_same_weights_agree(tmp_path, make, checkpointing):
+    lm = load_policy(make(tmp_path / "m"), "float32")
+    if checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = leave_nothing_to_chance(PolicyWithValue(lm))
     inputs = whole_batch(make_batch(random_trajectories(3)))
     assert torch.equal(model(*inputs)[0], model(*inputs)[0])
 
 
 def test_gradient_checkpointing_changes_no_gradient(folder):
-    inputs = whole_batch(make_batch(random_trajectories(4)))
-    grads = []
+    inputs, grads = whole_batch(make_batch(random_trajectories(4))), []
     for checkpointing in (False, True):
         lm = load_policy(folder, "float32")
         if checkpointing:
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model = PolicyWithValue(lm)
+        model = leave_nothing_to_chance(PolicyWithValue(lm))
+        checkpointed = count_checkpoints(lm)
         logprobs, _, values = model(*inputs)
+        assert bool(checkpointed) == checkpointing
         (logprobs.sum() + values.sum()).backward()
         grads.append([p.grad for p in model.parameters()])
     assert all((a - b).abs().max() < 1e-5 for a, b in zip(*grads, strict=True))
