@@ -147,7 +147,7 @@ class AlgoConfig(Section):
     advantage: Literal["gae", "grpo", "rloo", "reinforce_pp"] = "gae"
     gamma: float = Field(1.0, gt=0, le=1)
     gae_lambda: float = Field(0.95, ge=0, le=1)
-    whiten_advantages: bool = True
+    whiten_advantages: bool = True  # of gae: reinforce_pp always does it, grpo and rloo never
     clip_eps_low: float = Field(0.2, gt=0, lt=1)
     clip_eps_high: float = Field(0.2, gt=0)
     clip_value: float = Field(0.2, gt=0)

@@ -38,6 +38,7 @@ class LearnerActor:
         task_module(self.config.task)  # trajectories hold tasks, and those of a class of its own unpickle only where it is loaded
         torch.set_num_threads(self.config.learner.num_threads)
         self.learner = Learner(self.config, self.policy_dir, self.rank, self.world_size, init_method)
+        self.weights = self.learner.weights_to_send()
 
     def update(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         import torch
@@ -65,7 +66,7 @@ class LearnerActor:
         """Two results: whoever waits for the first need not fetch the weights."""
         from toolrl_ray.weights.trainer import pack
 
-        return None, pack(self.learner, self.rank)
+        return None, pack(self.weights, self.rank)
 
     def connect_weights(self, backend: str, rollout_actors: list[Any]) -> None:
         import ray
@@ -77,7 +78,7 @@ class LearnerActor:
         if self.sender is not None:
             self.sender.close()
         address = ray.util.get_node_ip_address()
-        self.sender = VLLMSender(backend, self.client, self.learner, self.rank, len(rollout_actors), address)
+        self.sender = VLLMSender(backend, self.client, self.weights, self.rank, len(rollout_actors), address)
 
     def send_weights(self, policy_version: int) -> None:
         self.client.policy_version = policy_version

@@ -21,6 +21,7 @@ from toolrl_ray.algos.kl_control import AdaptiveKLController, FixedKLController
 from toolrl_ray.config import RunConfig
 from toolrl_ray.errors import LearnerError
 from toolrl_ray.learner.batch import Batch, make_batch
+from toolrl_ray.learner.checkpoint_names import CheckpointWeights
 from toolrl_ray.learner.engine import Engine, Forward, TorchEngine
 from toolrl_ray.learner.export import write_policy
 from toolrl_ray.learner.lora import adapters_off, add_adapters
@@ -236,6 +237,10 @@ class Learner:
     def weights_metadata(self) -> list[tuple[str, tuple[int, ...], str]]:
         """See `Engine.weights_metadata`."""
         return self.engine.weights_metadata()
+
+    def weights_to_send(self) -> Engine | CheckpointWeights:
+        """The policy's named weights, and their metadata, as the rollout engine takes them: transformers' has the names of the model."""
+        return CheckpointWeights(self.engine) if self.config.rollout.engine == "vllm" else self.engine
 
     def save_policy(self, directory: str, tokenizer_dir: str) -> None:
         """Writes the policy and tokenizer_dir's tokenizer as a Hugging Face folder, whole or not at all; a collective. With LoRA the

@@ -6,7 +6,10 @@ with the `update_weights` call itself, as one safetensors buffer, so that no sec
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 BACKEND = "object_store"
 
@@ -48,11 +51,12 @@ def _engine_class() -> type:
             self.receive_weights(self.parse_update_info(update_info))
 
         def receive_weights(self, update_info: UpdateInfo) -> None:
-            with torch.no_grad():
+            with torch.no_grad(), _experts_packed_again(self.model):
                 self.model.load_weights(load(update_info.payload).items())
 
         def finish_weight_update(self) -> None:
-            finalize_layerwise_reload(self.model, self.model_config)
+            with _experts_packed_again(self.model):
+                finalize_layerwise_reload(self.model, self.model_config)
             for module in self.model.modules():
                 # vLLM on CPU packs linear weights at load. A tied lm_head is not reloaded as a layer of its own and would
                 # keep its old packed copy, that is, sample from a stale head.
@@ -64,3 +68,18 @@ def _engine_class() -> type:
             pass
 
     return ObjectStoreEngine
+
+
+@contextmanager
+def _experts_packed_again(model: Any) -> Iterator[None]:
+    """vLLM on CPU packs experts where it makes their kernel, and in a reload, where they have one, it takes the weights as they come, which
+    is wrong without a word. Without a kernel it packs them, into the memory that the kernel from before goes on to read."""
+    methods = [getattr(module, "quant_method", None) for module in model.modules()]
+    kernels = [(method, kernel) for method in methods if (kernel := getattr(method, "moe_kernel", None)) is not None]
+    for method, _ in kernels:
+        method.moe_kernel = None
+    try:
+        yield
+    finally:
+        for method, kernel in kernels:
+            method.moe_kernel = kernel
