@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def test_the_task_module_is_there_before_the_first_trajectory(tmp_path: Path, mo
     path = tmp_path / "for_the_learner.py"
     path.write_text("def load_tasks(config): ...\ndef render_prompt(task, few_shot): ...\ndef reward(trajectory): ...\n")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr("toolrl_ray.learner.update.Learner", lambda *args: None)
+    monkeypatch.setattr("toolrl_ray.learner.update.Learner", lambda *args: SimpleNamespace(weights_to_send=lambda: None))
     LearnerActor(load("calculator", ["learner.num_threads=1", f"task.module={path}"]), "").start()
     assert [name for name in sys.modules if name.startswith("toolrl_user_for_the_learner_")]
 
@@ -55,7 +56,7 @@ def test_a_new_connection_closes_the_one_before(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr("toolrl_ray.weights.trainer.VLLMSender", Sender)
     actor = LearnerActor(load("calculator"), "")
-    actor.learner = object()
+    actor.weights = object()
     for _ in range(3):
         actor.connect_weights("nccl", [])
     assert log == ["open 0", "close 0", "open 1", "close 1", "open 2"]
