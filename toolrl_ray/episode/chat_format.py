@@ -2,8 +2,8 @@
 
 A turn ends with the model's end-of-turn token. One with calls is answered, in the order of the calls, by tool messages in the model's own
 chat template; one without is the final answer, and counts as submitted. A turn that did not end by itself is neither. What stands in a
-thought, `<think>...</think>`, is no call, and neither is a `<tool_call>` that prose mentions: one that does not close, or is quoted and holds
-no JSON.
+thought, `<think>...</think>`, is no call, and neither is a `<tool_call>` that prose mentions: one that does not close, or that is quoted
+and holds no JSON.
 """
 
 from __future__ import annotations
