@@ -100,7 +100,15 @@ async def broken_off(engine: VLLMEngine, model) -> None:
         with pytest.raises(Exception, match="collective_rpc method failed"):
             await engine.update_weights({"payload": b"no safetensors"})
 
-    for version, (attempt, reconnects) in enumerate(itertools.product((left_open, failed), (False, True)), NUM_SYNCS + 2):
+    async def failed_inside_a_layer() -> None:
+        await engine.start_weight_update()
+        part = "model.layers.1.self_attn.q_proj.weight"  # of a layer that has k_proj and v_proj too
+        await engine.update_weights({"payload": save({part: model.get_parameter(part).detach()})})
+        with pytest.raises(Exception, match="collective_rpc method failed"):
+            await engine.update_weights({"payload": b"no safetensors"})
+
+    attempts = itertools.product((left_open, failed, failed_inside_a_layer), (False, True))
+    for version, (attempt, reconnects) in enumerate(attempts, NUM_SYNCS + 2):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1.01)

@@ -224,7 +224,10 @@ class VLLMEngine:
         await self._answer(self._llm.start_weight_update())
 
     async def _close_update(self) -> None:
-        """One that a sync which broke off has left open: closing it puts back the weights that were not replaced."""
+        """One that a sync which broke off has left open: closing it puts back the weights that were not replaced.
+
+        Where an update fails, vLLM takes it for closed, but layers of which only a part had come keep that part and would count it twice in
+        the next one. An update of nothing ends them; the next one brings them whole."""
         if not self._update_may_be_open:
             return
         try:
@@ -232,6 +235,8 @@ class VLLMEngine:
         except Exception as error:  # of no class of its own
             if NO_UPDATE_IS_OPEN not in str(error):  # it never began, or vLLM closed it when it failed
                 raise
+            await self._answer(self._llm.start_weight_update())
+            await self._answer(self._llm.finish_weight_update())
         self._update_may_be_open = False
 
     async def update_weights(self, update_info: Any) -> None:
