@@ -11,13 +11,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import ray
 import torch
 from learner_synthetic import run_config
 from raising import raise_what_does_not_unpickle
 from ray import cloudpickle
-from safetensors.numpy import load  # without torch, which takes its processes seconds to import
+from safetensors.numpy import load, save  # without torch, which takes its processes seconds to import
 
 from toolrl_ray.errors import LearnerLost, NotLoaded, WeightSyncError
 from toolrl_ray.learner.actor import LearnerActor
@@ -222,6 +223,26 @@ def test_an_engine_that_is_slower_than_another_fails_is_not_replaced(make, monke
     sync, _, _ = make(slow, bad)
     sync.sync(3)
     assert (answer(slow.start.remote), seen(slow)[1]) == (0, 1.0)
+
+
+@pytest.mark.timeout(120)  # of the 500 s that a phase has here
+@pytest.mark.parametrize("phase", ["init_weight_transfer", "update_weights"])
+@pytest.mark.parametrize("fate", ["fails", "dies"])
+def test_engines_in_one_collective_do_not_wait_until_the_deadline_for_one_that_failed(phase, fate, cluster, monkeypatch) -> None:
+    monkeypatch.setattr(client, "AFTER_FAILURE_S", 1.0)
+    engines = [Engine.remote(phase, "hangs"), Engine.remote(phase, fate)]
+    try:
+        ray.get([engine.start.remote() for engine in engines], timeout=60)
+        why = "RuntimeError: out of memory" if fate == "fails" else "Actor(Died|Unavailable)Error: .*"
+        message = rf"RolloutActor 1 failed in phase {phase}: {why}; and RolloutActor \[0\] did not come out of phase {phase} after that$"
+        all_of_them = client.RayWeightClient(engines, 500.0)
+        with pytest.raises(WeightSyncError, match=message):
+            all_of_them.init_weight_transfer_engine({"rank_offset": 1})  # as with nccl
+            all_of_them.update_weights({"payload": save({"w": np.ones(())})})
+        assert [answer(engine.start.remote) for engine in engines] == [1, 1], "they were not replaced"
+    finally:
+        for engine in engines:
+            ray.kill(engine)
 
 
 def test_an_engine_that_is_still_starting_is_not_replaced_for_it(make) -> None:

@@ -12,7 +12,7 @@ from ray.exceptions import ObjectLostError, RayError, RayTaskError, Unserializab
 from toolrl_ray.errors import LearnerLost, NotLoaded, WeightSyncError
 
 GET_S = 10.0  # for an answer that is there
-AFTER_FAILURE_S = 10.0  # after one learner rank failed: for the others, which may be done soon or wait for it in a collective for ever
+AFTER_FAILURE_S = 10.0  # after one of a collective failed: for the others, which may be done soon or wait for it for ever
 
 # What an actor that lives has raised, the second of a class that does not unpickle here. Any other RayError is the loss of the actor.
 RAISED = (RayTaskError, UnserializableException)
@@ -34,13 +34,15 @@ class RayWeightClient:
     def __init__(self, actors: list[Any], timeout_s: float):
         self.actors = actors
         self._timeout_s = timeout_s
+        self._in_one_collective = False  # with the learner, when they connect and take weights
         self.policy_version = 0
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         # In an NCCL group rank 0 is the learner, and each engine has a rank of its own.
-        infos = [{**init_info, "rank_offset": 1 + i} if "rank_offset" in init_info else init_info for i in range(len(self.actors))]
+        self._in_one_collective = "rank_offset" in init_info
+        infos = [{**init_info, "rank_offset": 1 + i} if self._in_one_collective else init_info for i in range(len(self.actors))]
         refs = [actor.init_weight_transfer.remote(info) for actor, info in zip(self.actors, infos, strict=True)]
-        self._all("init_weight_transfer", refs)
+        self._all("init_weight_transfer", refs, self._in_one_collective)
 
     def start_weight_update(self) -> None:
         self._all("start_weight_update", [actor.start_weight_update.remote() for actor in self.actors])
@@ -48,25 +50,34 @@ class RayWeightClient:
     def update_weights(self, update_info: Any) -> None:
         """update_info: as such or by reference; there is one copy in the object store, however many engines read it."""
         shared = update_info if isinstance(update_info, ray.ObjectRef) else ray.put(update_info)
-        self._all("update_weights", [actor.update_weights.remote(shared) for actor in self.actors])
+        self._all("update_weights", [actor.update_weights.remote(shared) for actor in self.actors], self._in_one_collective)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         version = self.policy_version if weight_version is None else int(weight_version)
         self._all("finish_weight_update", [actor.finish_weight_update.remote(version) for actor in self.actors])
 
-    def _all(self, phase: str, refs: list[Any]) -> None:
-        wait_all(phase, refs, self._timeout_s, replace=self.actors)
+    def _all(self, phase: str, refs: list[Any], is_collective: bool = False) -> None:
+        wait_all(phase, refs, self._timeout_s, replace=self.actors, is_collective=is_collective)
 
 
-def wait_all(phase: str, refs: list[Any], timeout_s: float, who: str = "RolloutActor", replace: Sequence[Any] = ()) -> list[Any]:
+def wait_all(
+    phase: str,
+    refs: list[Any],
+    timeout_s: float,
+    who: str = "RolloutActor",
+    replace: Sequence[Any] = (),
+    is_collective: bool = False,
+) -> list[Any]:
     """The results of one phase from all actors. replace: those actors; one that does not answer is killed, for Ray to start it anew, and so
     is one that fails where others do not: what all fail in is no fault of theirs, nor is it one to have only just been started.
 
     Raises WeightSyncError naming the actor and the phase when one fails, dies or does not answer within `timeout_s`; LearnerLost, saying
-    the same, for a LearnerActor that died or does not answer, or whose node has gone with the weights that it packed. For learners the
-    first failure ends the wait. For engines it does not: they are independent, and one that is only slower must not be killed.
+    the same, for a LearnerActor that died or does not answer, or whose node has gone with the weights that it packed. For learners, and
+    for engines where the phase is a collective, the first failure ends the wait soon: the others wait for the one that failed. Elsewhere
+    engines are independent, and one that is only slower must not be killed.
     """
-    if who == "LearnerActor":
+    is_collective = is_collective or who == "LearnerActor"
+    if is_collective:
         done, late = _until_one_fails(refs, timeout_s)
     else:
         done, late = ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
@@ -85,8 +96,9 @@ def wait_all(phase: str, refs: list[Any], timeout_s: float, who: str = "RolloutA
     if failed:  # the first cause before its effects
         i, error = next(iter(failed.items()))
         failure = _failure(phase, who, i, error)
-        if silent and who == "LearnerActor":
-            failure = LearnerLost(f"{failure}; and LearnerActor {silent} did not come out of phase {phase} after that")
+        if silent and is_collective:
+            kind = LearnerLost if who == "LearnerActor" else type(failure)
+            failure = kind(f"{failure}; and {who} {silent} did not come out of phase {phase} after that")
         raise failure from error
     if silent:
         kind = LearnerLost if who == "LearnerActor" else WeightSyncError
