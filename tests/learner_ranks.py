@@ -169,3 +169,18 @@ def rank_main(rank: int, world_size: int, address: str, models: str, out: str) -
         results["bfloat16"] = bfloat16_gradients(str(folder / "untied"), address)
     torch.save(results, where / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def unprobed_main(rank: int) -> None:
+    """A rank starts; fails where DeepSpeed looks for what it could compile."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    from toolrl_ray.learner.deepspeed_engine import start
+
+    def probe() -> None:
+        raise AssertionError("DeepSpeed ran the compiler")
+
+    deepspeed.ops._probe_compatible_ops = probe
+    start(rank, 1, None, torch.device("cpu"), 60.0)
+    assert deepspeed.comm.is_initialized()

@@ -20,6 +20,7 @@ from learner_ranks import (
     rank_main,
     run_case,
     run_lora,
+    unprobed_main,
 )
 from learner_synthetic import NoiseWatch, save_model
 from safetensors.torch import load_file
@@ -180,3 +181,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_moves_no_weight_of_any(models
             assert first == second == "the gradient norm is nan at optimiser step 0: training has diverged"
         else:
             assert first["ppo/grad_norm"] == second["ppo/grad_norm"] == math.inf
+
+
+def test_a_rank_starts_without_a_look_at_what_deepspeed_could_compile() -> None:
+    torch.multiprocessing.spawn(unprobed_main, nprocs=1)

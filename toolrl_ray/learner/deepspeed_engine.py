@@ -61,7 +61,8 @@ def start(rank: int, world_size: int, init_method: str | None, device: torch.dev
 
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)  # DeepSpeed's calls
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its first use would compile C++; gloo does the same work
+    # Else it runs the compiler, on a GPU too, to see what it could compile; on CPU it then compiles, and gloo does the same work.
+    deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return deepspeed
 
