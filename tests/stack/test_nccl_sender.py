@@ -1,4 +1,5 @@
-"""The learner's end of an NCCL transfer when engines fail: vLLM's own trainer engine, with stubs where it would call CUDA.
+"""The learner's end of a transfer by NCCL, also when engines fail: vLLM's own trainer engine, with stubs where it would call CUDA. And what
+ipc asks of it.
 
 Not covered, for want of a GPU: that ncclCommAbort, which the real group's `destroy` calls, brings a stream out of a broadcast.
 """
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from toolrl_ray.errors import WeightSyncError
+from toolrl_ray.weights import trainer
 from toolrl_ray.weights.trainer import VLLMSender
 
 NAMES = ["a", "b", "c"]
@@ -136,3 +138,17 @@ def test_a_failure_of_the_learner_itself_is_raised_as_it_is(group: Group) -> Non
     sender = VLLMSender("nccl", Client(group), Broken(), 0, 2, "127.0.0.1")
     with pytest.raises(RuntimeError, match="the gather failed"):
         sender.send()
+
+
+@pytest.mark.parametrize(("numel", "size"), [(2, 1000), (250, 1000), (300, 1200)])
+def test_ipc_sends_through_one_buffer_that_holds_the_largest_tensor(numel: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
+
+    class Mixed(Weights):
+        def weights_metadata(self) -> list[tuple[str, tuple[int, ...], str]]:
+            return [("a", (2, numel // 2), "float32"), ("b", (numel,), "bfloat16"), ("c", (), "float32")]
+
+    monkeypatch.setattr(trainer, "IPC_BUFFER_BYTES", 1000)
+    monkeypatch.setattr(WeightTransferTrainerFactory, "trainer_init", lambda init_info, client, source: init_info)
+    init_info = VLLMSender("ipc", Client(Group()), Mixed(), 0, 1, "127.0.0.1")._engine
+    assert (init_info.packed, init_info.packed_buffer_size_bytes, init_info.rank) == (True, size, 0)

@@ -8,11 +8,14 @@ Three back ends, one handshake with the engines (vLLM's: init, start, update, fi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save
+
+IPC_BUFFER_BYTES = 256 * 2**20  # of GPU memory, through which ipc sends; more where a single tensor is larger
 
 
 class WeightClient(Protocol):
@@ -81,7 +84,9 @@ class VLLMSender:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
         if backend == "ipc":
-            init_info: Any = IPCTrainerInitInfo(rank=rank)
+            # Without the buffer all tensors of an update would be there at once: of merged or gathered weights, a second model.
+            size = max([IPC_BUFFER_BYTES, *_sizes(weights).values()])
+            init_info: Any = IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=size)
         else:
             init_info = NCCLTrainerInitInfo(address, _free_port(), num_engines + 1, rank=rank)
         self._engine: Any = None
@@ -118,6 +123,11 @@ def _source(weights: NamedWeights) -> Any:
             return iter(weights.named_weights())
 
     return LearnerSource()
+
+
+def _sizes(weights: NamedWeights) -> dict[str, int]:
+    """Bytes of each tensor."""
+    return {name: math.prod(shape) * getattr(torch, dtype).itemsize for name, shape, dtype in weights.weights_metadata()}
 
 
 def _free_port() -> int:
