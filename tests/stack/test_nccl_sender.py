@@ -121,6 +121,15 @@ def test_a_connection_serves_many_updates_and_is_freed_when_it_is_closed(group: 
     sender.close()
 
 
+def test_no_weight_is_read_before_the_update_that_makes_it_has_ended(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_sent: list[int] = []
+    sender = VLLMSender("nccl", Client(group), Weights(), 0, 2, "127.0.0.1")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: num_sent.append(group.num_sent))
+    sender.send()
+    assert num_sent == [0]
+
+
 def test_a_rank_that_only_gathers_has_nothing_to_close(group: Group) -> None:
     client, weights = Client(group), Weights()
     sender = VLLMSender("nccl", client, weights, 1, 2, "127.0.0.1")

@@ -94,6 +94,8 @@ class VLLMSender:
         self._engine = WeightTransferTrainerFactory.trainer_init(init_info, client=self._client, source=_source(weights))
 
     def send(self) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # vLLM reads the weights on streams of its own, which wait for no update that is under way here
         try:
             self._engine.send_weights()
         except Exception:
