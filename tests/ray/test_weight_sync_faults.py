@@ -20,7 +20,7 @@ from raising import raise_what_does_not_unpickle
 from ray import cloudpickle
 from safetensors.numpy import load, save  # without torch, which takes its processes seconds to import
 
-from toolrl_ray.errors import LearnerLost, NotLoaded, WeightSyncError
+from toolrl_ray.errors import LearnerLost, NotLoaded, UserError, WeightSyncError
 from toolrl_ray.learner.actor import LearnerActor
 from toolrl_ray.weights import client
 from toolrl_ray.weights import sync as module
@@ -41,6 +41,8 @@ def misbehave(fate: str) -> None:
         raise RuntimeError("out of\nmemory")
     if fate == "is not loaded":
         raise NotLoaded("its engine is not loaded")
+    if fate == "is refused":
+        raise UserError("w is too large")
     if fate == "chokes":
         raise_what_does_not_unpickle()
 
@@ -76,7 +78,7 @@ class Engine:
         self._note("start_weight_update")
 
     def update_weights(self, update_info: dict) -> None:
-        self.weight = float(load(update_info["payload"])["w"])
+        self.weight = float(load(*update_info["payloads"])["w"])
         self._note("update_weights")
 
     def finish_weight_update(self, version: int) -> None:
@@ -238,7 +240,7 @@ def test_engines_in_one_collective_do_not_wait_until_the_deadline_for_one_that_f
         all_of_them = client.RayWeightClient(engines, 500.0)
         with pytest.raises(WeightSyncError, match=message):
             all_of_them.init_weight_transfer_engine({"rank_offset": 1})  # as with nccl
-            all_of_them.update_weights({"payload": save({"w": np.ones(())})})
+            all_of_them.update_weights({"payloads": [save({"w": np.ones(())})]})
         assert [answer(engine.start.remote) for engine in engines] == [1, 1], "they were not replaced"
     finally:
         for engine in engines:
@@ -278,6 +280,13 @@ def test_after_all_attempts_the_error_of_the_last_is_raised(make, caplog) -> Non
 def test_a_learner_that_is_lost_is_not_asked_again(fate, message, make, caplog) -> None:
     sync, _, _ = make(Engine.remote(), fate=fate)
     with pytest.raises(LearnerLost, match=message):
+        sync.sync(1)
+    assert caplog.messages == []
+
+
+def test_a_users_error_in_a_sync_is_raised_as_it_is_and_at_once(make, caplog) -> None:
+    sync, _, _ = make(Engine.remote("update_weights", "is refused", always=True))
+    with pytest.raises(UserError, match="^w is too large$"):
         sync.sync(1)
     assert caplog.messages == []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from toolrl_ray.bootstrap.tokenizer import make_tokenizer
 from toolrl_ray.config import RunConfig
 from toolrl_ray.rollout.vllm_engine import VLLMEngine
 from toolrl_ray.types import SamplingParams
+from toolrl_ray.weights import trainer
+from toolrl_ray.weights.trainer import pack
 
 NUM_SYNCS = 20
 SEQUENCE = list(range(5, 60))
@@ -49,9 +52,14 @@ def expected(model, ids: list[int]) -> torch.Tensor:
 
 
 async def send(engine: VLLMEngine, model, version: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if version % 2:  # every tensor comes by itself, and so do the parts of one layer of vLLM's
+            patch.setattr(trainer, "PAYLOAD_BYTES", 1)
+        update_info = pack(SimpleNamespace(named_weights=model.named_parameters), 0)
+    assert len(update_info["payloads"]) == (len(list(model.parameters())) if version % 2 else 1)
     await engine.pause()
     await engine.start_weight_update()
-    await engine.update_weights({"payload": save({name: p.detach() for name, p in model.named_parameters()})})
+    await engine.update_weights(update_info)
     await engine.finish_weight_update(version)
     await engine.resume()
 
@@ -98,14 +106,13 @@ async def broken_off(engine: VLLMEngine, model) -> None:
     async def failed() -> None:
         await engine.start_weight_update()
         with pytest.raises(Exception, match="collective_rpc method failed"):
-            await engine.update_weights({"payload": b"no safetensors"})
+            await engine.update_weights({"payloads": [b"no safetensors"]})
 
     async def failed_inside_a_layer() -> None:
         await engine.start_weight_update()
         part = "model.layers.1.self_attn.q_proj.weight"  # of a layer that has k_proj and v_proj too
-        await engine.update_weights({"payload": save({part: model.get_parameter(part).detach()})})
         with pytest.raises(Exception, match="collective_rpc method failed"):
-            await engine.update_weights({"payload": b"no safetensors"})
+            await engine.update_weights({"payloads": [save({part: model.get_parameter(part).detach()}), b"no safetensors"]})
 
     attempts = itertools.product((left_open, failed, failed_inside_a_layer), (False, True))
     for version, (attempt, reconnects) in enumerate(attempts, NUM_SYNCS + 2):

@@ -20,7 +20,7 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 @ray.remote(num_cpus=0, resources={"learner": 0.1})
 class Learner:
     def pack_weights(self) -> tuple[None, dict]:
-        return None, {"payload": bytes(1 << 20)}  # more than would travel without the object store
+        return None, {"payloads": [bytes(1 << 20)]}  # more than would travel without the object store
 
 
 @ray.remote(num_cpus=0, resources={"engine": 0.1})

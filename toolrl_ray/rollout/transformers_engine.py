@@ -181,7 +181,8 @@ class TransformersEngine:
         pass
 
     async def update_weights(self, update_info: dict[str, Any]) -> None:
-        self.load_weights(load(update_info["payload"]).items())
+        for payload in update_info["payloads"]:
+            self.load_weights(load(payload).items())
 
     async def finish_weight_update(self, policy_version: int) -> None:
         self._version = policy_version

@@ -8,6 +8,7 @@ import asyncio
 import copy
 import functools
 import itertools
+import json
 import os
 import zlib
 from collections.abc import Awaitable, Callable
@@ -20,6 +21,7 @@ from toolrl_ray.types import Completion, SamplingParams
 
 ANSWER_S = 30.0  # longer than any step of an engine
 LOOK_S = 1.0  # between two looks at an engine that owes an answer
+MESSAGE_BYTES = 2**32 - 1  # the largest that vLLM's messages to its engine-core process can hold
 NO_UPDATE_IS_OPEN = "without a matching start_weight_update"  # in vLLM's error
 
 
@@ -242,7 +244,9 @@ class VLLMEngine:
     async def update_weights(self, update_info: Any) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        await self._answer(self._llm.update_weights(WeightTransferUpdateRequest(update_info=update_info)))
+        payloads = update_info.get("payloads")  # with object_store
+        for part in [update_info] if payloads is None else [{"payload": _sendable(payload)} for payload in payloads]:
+            await self._answer(self._llm.update_weights(WeightTransferUpdateRequest(update_info=part)))
 
     async def finish_weight_update(self, policy_version: int) -> None:
         await self._answer(self._llm.finish_weight_update(weight_version=str(policy_version)))
@@ -255,6 +259,15 @@ class VLLMEngine:
     def shutdown(self) -> None:
         self._llm.shutdown()
         self._last_words.close()
+
+
+def _sendable(payload: bytes) -> bytes:
+    """Raises UserError where it is too large for a message, which is where a single tensor is."""
+    if len(payload) > MESSAGE_BYTES:
+        # safetensors: the header's length, the header, the tensors
+        header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
+        raise UserError(f"{' and '.join(header)}: {len(payload)} bytes of weights, and vLLM on CPU takes at most {MESSAGE_BYTES} at once")
+    return payload
 
 
 def _leave_logprobs_undecoded() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, RayError, RayTaskError, UnserializableException
 
-from toolrl_ray.errors import LearnerLost, NotLoaded, WeightSyncError
+from toolrl_ray.errors import LearnerLost, NotLoaded, UserError, WeightSyncError
 
 GET_S = 10.0  # for an answer that is there
 AFTER_FAILURE_S = 10.0  # after one of a collective failed: for the others, which may be done soon or wait for it for ever
@@ -125,7 +125,7 @@ def _until_one_fails(refs: list[Any], timeout_s: float) -> tuple[list[Any], list
 def _failure(phase: str, who: str, index: int, error: RayError) -> Exception:
     if isinstance(cause := getattr(error, "cause", None), ObjectLostError):
         return LearnerLost(f"weight sync: the packed weights were gone, with their node, when {who} {index} came to load them")
-    if isinstance(cause, WeightSyncError):
+    if isinstance(cause, (WeightSyncError, UserError)):
         return cause
     kind = LearnerLost if who == "LearnerActor" and not isinstance(error, RAISED) else WeightSyncError
     return kind(f"weight sync: {who} {index} failed in phase {phase}: {what_it_raised(error)}")

@@ -1,7 +1,7 @@
 """The learner's end of a weight transfer, which every rank calls.
 
 Three back ends, one handshake with the engines (vLLM's: init, start, update, finish):
-- object_store: rank 0 packs the weights into one safetensors buffer; the driver hands it out through Ray's object store. CPU.
+- object_store: rank 0 packs the weights into safetensors buffers; the driver hands them out through Ray's object store. CPU.
 - nccl: vLLM's own; broadcast between GPUs. `VLLMSender.send` pushes the whole policy to every engine.
 - ipc: the same, where learner and engine share a GPU.
 """
@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import save
 
+PAYLOAD_BYTES = 2 * 2**30  # of one safetensors buffer, or a single tensor that is larger; vLLM takes less than 4 GiB at once
 IPC_BUFFER_BYTES = 256 * 2**20  # of GPU memory, through which ipc sends; more where a single tensor is larger
 
 
@@ -36,11 +37,17 @@ class NamedWeights(Protocol):
 
 def pack(weights: NamedWeights, rank: int) -> dict[str, Any] | None:
     """What the engines' `update_weights` takes, on rank 0; None on the others."""
-    tensors = {}
+    payloads: list[bytes] = []
+    tensors: dict[str, torch.Tensor] = {}
+    size = 0
     for name, tensor in weights.named_weights():
         if rank == 0:
+            if tensors and size + tensor.nbytes > PAYLOAD_BYTES:
+                payloads.append(save(tensors))
+                tensors, size = {}, 0
             tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
-    return {"payload": save(tensors)} if rank == 0 else None
+            size += tensor.nbytes
+    return {"payloads": [*payloads, save(tensors)]} if rank == 0 else None
 
 
 class _PatientClient:

@@ -1,7 +1,8 @@
 """vLLM's receiving end for weights that travel through Ray's object store: the transfer back end of machines without a GPU.
 
 vLLM loads this module in each of its processes through the `vllm.general_plugins` entry point. The bytes reach the worker
-with the `update_weights` call itself, as one safetensors buffer, so that no second data path has to be set up or can hang.
+with the `update_weights` call itself, as a safetensors buffer, so that no second data path has to be set up or can hang. A large policy
+comes in several such calls.
 """
 
 from __future__ import annotations

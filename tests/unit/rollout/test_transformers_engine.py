@@ -207,7 +207,7 @@ def test_what_is_sampled_after_a_pause_is_of_the_new_weights_alone(model, recomp
             await asyncio.sleep(0)
         await engine.pause()
         await engine.start_weight_update()
-        await engine.update_weights({"payload": save({name: p.detach().clone() for name, p in after.named_parameters()})})
+        await engine.update_weights({"payloads": [save({name: p.detach().clone()}) for name, p in after.named_parameters()]})
         for _ in range(10):  # the new weights are here, and their version is not told yet
             await asyncio.sleep(0)
         await engine.finish_weight_update(6)
