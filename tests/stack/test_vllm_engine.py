@@ -9,8 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from safetensors.torch import save
 
 from tests.stack.test_weight_sync import make_policy
 from toolrl_ray.config import RunConfig
@@ -106,15 +104,6 @@ def test_an_update_that_cannot_be_closed_is_said_and_tried_again() -> None:
             asyncio.run(sync(engine))
     asyncio.run(sync(engine))
     assert not worker.active
-
-
-def test_a_tensor_that_is_too_large_for_a_message_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_engine, "MESSAGE_BYTES", 1000)
-    engine = engine_on(Worker())
-    asyncio.run(engine.start_weight_update())
-    asyncio.run(engine.update_weights({"payloads": [save({"small": torch.zeros(200)})]}))
-    with pytest.raises(UserError, match=r"^model.embed: \d+ bytes of weights, and vLLM on CPU takes at most 1000 at once$"):
-        asyncio.run(engine.update_weights({"payloads": [save({"model.embed": torch.zeros(250)})]}))
 
 
 def test_a_new_connection_ends_the_one_before() -> None:

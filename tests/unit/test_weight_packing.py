@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load
+from safetensors.torch import load, save
 
-from toolrl_ray.weights import trainer
+from toolrl_ray.errors import UserError
+from toolrl_ray.weights import trainer, vllm_object_store
 
 WEIGHTS = {"a": torch.zeros(10), "b": torch.ones(15), "c": torch.zeros(60), "d": torch.ones(5, 2), "e": torch.zeros(2)}  # 4 bytes each
 
@@ -28,3 +29,11 @@ def test_no_buffer_is_larger_than_the_limit_but_for_a_single_tensor(limit: int, 
     whole = {name: tensor for buffer in buffers for name, tensor in buffer.items()}
     assert all(torch.equal(whole[name], tensor) for name, tensor in WEIGHTS.items())
     assert packed(rank=1) is None
+
+
+def test_a_tensor_that_is_too_large_for_a_message_is_named_in_one_line(monkeypatch) -> None:
+    monkeypatch.setattr(vllm_object_store, "MESSAGE_BYTES", 1000)
+    small, large = save({"small": torch.zeros(200)}), save({"model.embed": torch.zeros(250)})
+    assert vllm_object_store.messages({"payloads": [small, small]}) == [{"payload": small}] * 2
+    with pytest.raises(UserError, match=r"^model.embed: \d+ bytes of weights, and vLLM on CPU takes at most 1000 at once$"):
+        vllm_object_store.messages({"payloads": [small, large]})

@@ -8,7 +8,6 @@ import asyncio
 import copy
 import functools
 import itertools
-import json
 import os
 import zlib
 from collections.abc import Awaitable, Callable
@@ -18,10 +17,10 @@ from toolrl_ray.config import RunConfig
 from toolrl_ray.errors import RolloutError, UserError
 from toolrl_ray.rollout.engine_core import LastWords
 from toolrl_ray.types import Completion, SamplingParams
+from toolrl_ray.weights.vllm_object_store import messages
 
 ANSWER_S = 30.0  # longer than any step of an engine
 LOOK_S = 1.0  # between two looks at an engine that owes an answer
-MESSAGE_BYTES = 2**32 - 1  # the largest that vLLM's messages to its engine-core process can hold
 NO_UPDATE_IS_OPEN = "without a matching start_weight_update"  # in vLLM's error
 
 
@@ -244,8 +243,7 @@ class VLLMEngine:
     async def update_weights(self, update_info: Any) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        payloads = update_info.get("payloads")  # with object_store
-        for part in [update_info] if payloads is None else [{"payload": _sendable(payload)} for payload in payloads]:
+        for part in messages(update_info) if "payloads" in update_info else [update_info]:
             await self._answer(self._llm.update_weights(WeightTransferUpdateRequest(update_info=part)))
 
     async def finish_weight_update(self, policy_version: int) -> None:
@@ -259,15 +257,6 @@ class VLLMEngine:
     def shutdown(self) -> None:
         self._llm.shutdown()
         self._last_words.close()
-
-
-def _sendable(payload: bytes) -> bytes:
-    """Raises UserError where it is too large for a message, which is where a single tensor is."""
-    if len(payload) > MESSAGE_BYTES:
-        # safetensors: the header's length, the header, the tensors
-        header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
-        raise UserError(f"{' and '.join(header)}: {len(payload)} bytes of weights, and vLLM on CPU takes at most {MESSAGE_BYTES} at once")
-    return payload
 
 
 def _leave_logprobs_undecoded() -> None:

@@ -92,7 +92,7 @@ class VLLMSender:
 
         if backend == "ipc":
             # Without the buffer all tensors of an update would be there at once: of merged or gathered weights, a second model.
-            size = max([IPC_BUFFER_BYTES, *_sizes(weights).values()])
+            size = max([IPC_BUFFER_BYTES, *_sizes(weights)])
             init_info: Any = IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=size)
         else:
             init_info = NCCLTrainerInitInfo(address, _free_port(), num_engines + 1, rank=rank)
@@ -134,9 +134,9 @@ def _source(weights: NamedWeights) -> Any:
     return LearnerSource()
 
 
-def _sizes(weights: NamedWeights) -> dict[str, int]:
+def _sizes(weights: NamedWeights) -> list[int]:
     """Bytes of each tensor."""
-    return {name: math.prod(shape) * getattr(torch, dtype).itemsize for name, shape, dtype in weights.weights_metadata()}
+    return [math.prod(shape) * getattr(torch, dtype).itemsize for _, shape, dtype in weights.weights_metadata()]
 
 
 def _free_port() -> int:

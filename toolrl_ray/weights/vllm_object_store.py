@@ -7,12 +7,16 @@ comes in several such calls.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from toolrl_ray.errors import UserError
+
 BACKEND = "object_store"
+MESSAGE_BYTES = 2**32 - 1  # the largest that vLLM's messages to its engine-core process can hold
 
 
 def register() -> None:
@@ -21,6 +25,17 @@ def register() -> None:
 
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, _engine_class())
+
+
+def messages(update_info: dict[str, Any]) -> list[dict[str, Any]]:
+    """One for each payload of `trainer.pack`, as the engine below takes them. Raises UserError where one is too large for a message, which
+    is where a single tensor is."""
+    for payload in update_info["payloads"]:
+        if len(payload) > MESSAGE_BYTES:
+            # safetensors: the header's length, the header, the tensors
+            names = " and ".join(json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")]))
+            raise UserError(f"{names}: {len(payload)} bytes of weights, and vLLM on CPU takes at most {MESSAGE_BYTES} at once")
+    return [{"payload": payload} for payload in update_info["payloads"]]
 
 
 def _engine_class() -> type:
