@@ -103,10 +103,10 @@ class Learner(LearnerActor):
     """Packs as the real one does. fate: what befalls it in `pack_weights`."""
 
     def begin(self, fate: str = "") -> None:
-        self.learner, self.fate = Weight(), fate
+        self.weights, self.fate = Weight(), fate
 
     def set(self, value: float) -> None:
-        self.learner.value = value
+        self.weights.value = value
 
     def pack_weights(self) -> tuple[None, dict | None]:
         misbehave(self.fate)
