@@ -170,6 +170,7 @@ class Run:
                 self._evaluate(parts, heldout, "before", 0)
             self._tool_stats |= parts.rollout.tool_stats()
             collector = Collector(parts.rollout, stream, config.train.stall_timeout_s, self._say)
+            self._rollout_from = 0.0  # when the engines had the weights for a step's episodes, which may begin before the step does
             while (step := stream.num_handed + 1) <= config.train.num_steps:
                 batch, numbers = self._step(parts, stream, collector, trajectories, self._due(step - 1, heldout))
                 metrics.write(step, numbers)
@@ -203,7 +204,7 @@ class Run:
             collector.finish_loading()  # of version step - 1, which alone is to sample them
         collector.evaluate(evaluation)
         batch, evaluated = collector.batch()
-        step, waited_s = stream.num_handed, time.monotonic() - started
+        step, waited_s = stream.num_handed, time.monotonic() - (self._rollout_from or started)
         if evaluated:
             self._record_evaluation(f"step-{step - 1}", step - 1, eval_result(evaluated), evaluated)
         written = in_thread(partial(trajectories.write, step, batch))  # a lot, for which the learner need not wait
@@ -213,6 +214,7 @@ class Run:
         collector.load(step, load)
         if not self._config.stream.max_staleness_steps:
             collector.finish_loading()
+            self._rollout_from = time.monotonic()
         collector.wait("the trajectories' file", written)
         if self._saving is not None:
             collector.beside("the last checkpoint", partial(self._finish_checkpoint, parts))

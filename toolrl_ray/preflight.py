@@ -123,8 +123,15 @@ def check_prompts(config: RunConfig, tasks: list[Task]) -> None:
 
     codec, render_prompt = _codec(config), task_module(config.task).render_prompt
     call_format = make_call_format(config, codec, {name: ToolInfo(name, "", True) for name in config.tools.names})
+    vocab_size = None if config.policy.path == "tiny" else load_config(config.policy.path).get_text_config().vocab_size
     for task in tasks:
-        num_tokens = len(call_format.prompt(codec, render_prompt(task, config.task.few_shot))[0])
+        prompt = call_format.prompt(codec, render_prompt(task, config.task.few_shot))[0]
+        if vocab_size and max(prompt) >= vocab_size:
+            raise ConfigError(
+                f"policy.path={config.policy.path!r}: its tokenizer gives token {max(prompt)} for the prompt of task {task.id!r}, and the "
+                f"model has embeddings for {vocab_size}; take the tokenizer that it was made with, or resize its embeddings"
+            )
+        num_tokens = len(prompt)
         if num_tokens >= config.episode.max_context_tokens:
             part = config.task.parts.get(task.source)
             few_shot = f"task.parts.{task.source}.few_shot={part.few_shot}" if part else f"task.few_shot={config.task.few_shot}"

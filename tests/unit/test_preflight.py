@@ -46,6 +46,12 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_its_length(model: Path) ->
         check(f"policy.path={model}", "episode.max_context_tokens=64", "task.few_shot=4")
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings_is_refused(model: Path) -> None:
+    LlamaForCausalLM(AutoConfig.from_pretrained(model, vocab_size=20)).save_pretrained(model)
+    with pytest.raises(ConfigError, match=r"tokenizer gives token \d+ for the prompt of task 'gen.*, and the model has .* 20;"):
+        check(f"policy.path={model}", "episode.max_context_tokens=128")
+
+
 @pytest.mark.parametrize(
     ("name", "overrides", "source"),
     [

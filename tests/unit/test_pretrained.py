@@ -11,7 +11,7 @@ import mistral_common
 import pytest
 from learner_synthetic import save_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 
 from toolrl_ray import recipe
 from toolrl_ray.bootstrap.tokenizer import make_tokenizer, save_tokenizer
@@ -126,6 +126,13 @@ def test_a_damaged_tokenizer_is_one_line(tokenizer: Path, text: str) -> None:
     with pytest.raises(UserError, match="^no tokenizer in policy.path=") as raised:
         load_codec(str(tokenizer))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", [Qwen2Config, GPT2Config])
+def test_a_policy_without_a_tokenizer_is_refused_also_where_transformers_makes_an_empty_one(tmp_path: Path, kind: type) -> None:
+    kind().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"^no tokenizer in policy.path='.*': put the tokenizer's files beside the weights$"):
+        load_codec(str(tmp_path))
 
 
 def test_mistrals_own_format_is_passed_by_and_refused_where_it_is_alone(tokenizer: Path) -> None:

@@ -27,7 +27,10 @@ def load_codec(policy_dir: str) -> HFCodec:
         raise UserError(f"policy.path={policy_dir!r} has Mistral's {TEKKEN} alone; put the same model's tokenizer.json beside it")
     try:
         # Mistral's own format has a tokenizer class of its own, which neither writes special tokens out nor takes a chat template.
-        return HFCodec(AutoTokenizer.from_pretrained(policy_dir, mistral_format=False), _generation_eos(policy_dir))
+        codec = HFCodec(AutoTokenizer.from_pretrained(policy_dir, mistral_format=False), _generation_eos(policy_dir))
+        if not codec.encode("What is 1+1?"):  # what some classes make of a folder without their files
+            raise UserError(f"no tokenizer in policy.path={policy_dir!r}: put the tokenizer's files beside the weights")
+        return codec
     except UserError:
         raise
     except Exception as error:  # of tokenizers some are of no class of their own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
@@ -12,7 +13,7 @@ from toolrl_ray.episode.clock import Clock
 from toolrl_ray.episode.codec import HFCodec
 from toolrl_ray.episode.loop import Limits, run_episode
 from toolrl_ray.errors import ConfigError
-from toolrl_ray.tasks.module import task_module
+from toolrl_ray.tasks.module import is_own, task_module
 from toolrl_ray.types import CallToolFn, Completion, EpisodeRequest, SamplingParams, StopReason, Task, Trajectory
 from tools_service.protocol import ToolCall, ToolResult, ToolStatus
 
@@ -72,8 +73,22 @@ class EpisodeRunner:
         )
         if trajectory.stop_reason in (StopReason.TURN_DEADLINE, StopReason.EPISODE_DEADLINE) and self._check_alive:
             await self._check_alive()  # what an engine that hangs did not sample is no failure of the policy
-        trajectory.reward = _checked(self._task.reward(trajectory), self._config.task, request.task)
+        trajectory.reward = _checked(await self._reward(trajectory), self._config.task, request.task)
         return trajectory
+
+    async def _reward(self, trajectory: Trajectory) -> Any:
+        """A person's own function may ask a judge or run a test: in a thread, so that the other episodes go on."""
+        if not is_own(self._config.task):
+            return self._task.reward(trajectory)
+        try:
+            async with asyncio.timeout(self._limits.episode_deadline_s):
+                return await asyncio.to_thread(self._task.reward, trajectory)
+        except TimeoutError:
+            task, deadline = trajectory.request.task, self._limits.episode_deadline_s
+            raise ConfigError(
+                f"{_reward_of(self._config.task, task)} took longer than episode.episode_deadline_s={deadline:g} for task {task.id!r}; "
+                "make it faster, or set a later deadline"
+            ) from None
 
 
 def _checked(reward: Any, config: TaskConfig, task: Task) -> float:
@@ -83,7 +98,9 @@ def _checked(reward: Any, config: TaskConfig, task: Task) -> float:
             return float(reward)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # the last of a tensor of several numbers
         pass
+    raise ConfigError(f"{_reward_of(config, task)} returned {reward!r:.100} for task {task.id!r}; it must return a finite number")
+
+
+def _reward_of(config: TaskConfig, task: Task) -> str:
     name, source = (f"task.parts.{task.source}", config.parts[task.source]) if config.parts else ("task", config)
-    raise ConfigError(
-        f"{name}.module={source.module!r}: {source.reward} returned {reward!r:.100} for task {task.id!r}; it must return a finite number"
-    )
+    return f"{name}.module={source.module!r}: {source.reward}"

@@ -62,7 +62,27 @@ def task_module(config: TaskSource) -> TaskModule:
     if missing := [name for name in functions.values() if not callable(getattr(module, name, None))]:
         raise ConfigError(f"task.module={config.module!r} lacks {', '.join(missing)}")
     found = {role: _told(config.module, getattr(module, name)) for role, name in functions.items()}
+    if is_own(config):
+        found["render_prompt"] = _rendering(config.module, found["render_prompt"])
     return cast(TaskModule, SimpleNamespace(**found))
+
+
+def is_own(config: TaskSource) -> bool:
+    """Whether it is a person's module, or one part of it is."""
+    parts = config.parts.values() if isinstance(config, TaskConfig) and config.parts else [config]
+    return any(not part.module.startswith("toolrl_ray.") for part in parts)
+
+
+def _rendering(module: str, render: Callable[[Task, int], str]) -> Callable[[Task, int], str]:
+    """Raises ConfigError for what is no prompt: an engine's word on it would name neither task nor file."""
+
+    def call(task: Task, few_shot: int) -> str:
+        prompt = render(task, few_shot)
+        if not isinstance(prompt, str) or not prompt:
+            raise ConfigError(f"task.module={module!r}: render_prompt returned {prompt!r:.100} for task {task.id!r}; it must return a text")
+        return prompt
+
+    return call
 
 
 def _told(module: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,7 +96,7 @@ def _told(module: str, function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*arguments)
         except UserError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             where = failure(error.with_traceback(error.__traceback__ and error.__traceback__.tb_next))
             raise ConfigError(f"task.module={module!r}: {getattr(function, '__name__', 'its function')} failed: {where}") from error
 

@@ -80,6 +80,22 @@ def test_what_is_no_finite_number_is_refused_with_the_task_and_the_function_that
         rewarded(tmp_path, value, parts=True)
 
 
+def test_episodes_go_on_while_a_persons_reward_takes_its_time_and_one_that_never_ends_is_named(tmp_path: Path) -> None:
+    waits = "from toolrl_ray.tasks.calculator import load_tasks, render_prompt\nimport threading\nboth = threading.Barrier(2)\n"
+    (tmp_path / "judge.py").write_text(waits + "def reward(trajectory): return float(both.wait(60) >= 0)\n")
+    config = recipe.load("calculator", [f"task.module={tmp_path / 'judge.py'}", "episode.episode_deadline_s=30"])
+
+    async def run(config, count: int) -> list[Trajectory]:
+        runners = [EpisodeRunner(config, Script(said(TINY, "Result=1<submit>")), FakeTool(), TINY, TextMarkers()) for _ in range(count)]
+        return await asyncio.gather(*(runner.run(REQUEST) for runner in runners))
+
+    assert [trajectory.reward for trajectory in asyncio.run(run(config, 2))] == [1.0, 1.0]  # each waits for the other
+    hasty = config.model_copy(update={"episode": config.episode.model_copy(update={"episode_deadline_s": 0.05})})
+    (tmp_path / "judge.py").write_text(waits.replace("2)", "2, timeout=1)") + "def reward(trajectory): return both.wait()\n")
+    with pytest.raises(ConfigError, match=r"^task.module='.*judge.py': reward took longer than episode.episode_deadline_s=0.05 for task "):
+        asyncio.run(run(hasty, 1))
+
+
 @pytest.mark.parametrize("deadline", ["turn", "episode"])
 def test_an_episode_whose_engine_hangs_is_no_failure_of_the_policy(deadline: str) -> None:
     async def generate(token_ids: list[int], params: SamplingParams) -> Completion:

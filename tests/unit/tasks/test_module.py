@@ -7,6 +7,7 @@ import pytest
 from toolrl_ray.config import TaskConfig
 from toolrl_ray.errors import ConfigError
 from toolrl_ray.tasks.module import load_tasks, task_module
+from toolrl_ray.types import Task
 
 HEAD = "from toolrl_ray.types import Task\nONE, TWO = Task('1', 'q', 'a', 's'), Task('2', 'q', 'a', 's')\n"
 REST = "def render_prompt(task, few_shot): return ''\ndef reward(trajectory): return 0.0\n"
@@ -54,7 +55,7 @@ def test_a_mistake_in_a_persons_function_is_told_by_file_and_line(tmp_path: Path
     path = tmp_path / "mine.py"
     path.write_text(
         "def load_tasks(config):\n    return {}['oops']\ndef render_prompt(task, few_shot):\n    return 1 / 0\n"
-        "def reward(trajectory):\n    return int(\n        'x y')\n"
+        "def reward(trajectory):\n    return int(\n        'x y')\ndef leave(trajectory):\n    raise SystemExit(3)\n"
     )
     config = TaskConfig(module=str(path))
     mine = task_module(config)
@@ -62,9 +63,19 @@ def test_a_mistake_in_a_persons_function_is_told_by_file_and_line(tmp_path: Path
         (lambda: load_tasks(config), "load_tasks failed: .*mine.py, line 2: KeyError: 'oops'$"),
         (lambda: mine.render_prompt(None, 0), "render_prompt failed: .*mine.py, line 4: ZeroDivisionError: division by zero$"),
         (lambda: mine.reward(None), "reward failed: .*mine.py, line 6: ValueError: invalid literal"),
+        (lambda: task_module(config.model_copy(update={"reward": "leave"})).reward(None), "leave failed: .*line 9: SystemExit: 3$"),
     ):
         with pytest.raises(ConfigError, match=told):
             call()
+
+
+@pytest.mark.parametrize("value", ["None", "b'What?'", "''", "7"])
+def test_a_prompt_that_is_no_text_is_refused_by_task_and_value(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(f"def load_tasks(config): ...\ndef render_prompt(task, few_shot): return {value}\ndef reward(trajectory): ...\n")
+    with pytest.raises(ConfigError) as raised:
+        task_module(TaskConfig(module=str(path))).render_prompt(Task("s/1", "", "", "s"), 0)
+    assert str(raised.value).endswith(f"mine.py': render_prompt returned {value} for task 's/1'; it must return a text")
 
 
 def test_task_reward_names_the_function_that_scores(tmp_path: Path) -> None:
