@@ -170,7 +170,7 @@ class Run:
                 self._evaluate(parts, heldout, "before", 0)
             self._tool_stats |= parts.rollout.tool_stats()
             collector = Collector(parts.rollout, stream, config.train.stall_timeout_s, self._say)
-            self._rollout_from = 0.0  # when the engines had the weights for a step's episodes, which may begin before the step does
+            self._rollout_from = 0.0  # when a step's episodes could begin, where that was before the step
             while (step := stream.num_handed + 1) <= config.train.num_steps:
                 batch, numbers = self._step(parts, stream, collector, trajectories, self._due(step - 1, heldout))
                 metrics.write(step, numbers)
@@ -214,7 +214,7 @@ class Run:
         collector.load(step, load)
         if not self._config.stream.max_staleness_steps:
             collector.finish_loading()
-            self._rollout_from = time.monotonic()
+            self._rollout_from = time.monotonic() if parts.rollout.concurrent else 0.0
         collector.wait("the trajectories' file", written)
         if self._saving is not None:
             collector.beside("the last checkpoint", partial(self._finish_checkpoint, parts))

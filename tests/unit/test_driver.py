@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from toolrl_ray.tracking.metrics import load_metrics
 from toolrl_ray.tracking.trajectories import load_trajectories
 
 SMALL = ["task.num_train=8", "task.num_heldout=4", "eval.num_tasks=4", "train.tasks_per_step=3", "tracking.wandb=off"]
+LATE_S = 0.1
 TRAINED = ["collect eval-before", "collect 0", "update", "sync 1", "collect 3", "update", "sync 2", "save_policy"]
 
 
@@ -125,6 +127,31 @@ def test_episodes_of_groups_that_were_filtered_away_count_in_the_speed_and_in_a_
         assert m["rollout/sampled_tokens"] == 2 * num_episodes
         assert m["rollout/tokens_per_s"] * m["time/rollout_s"] == pytest.approx(2 * num_episodes)
     assert len(load_trajectories(tmp_path / "run" / "trajectories.jsonl")) == 12
+
+
+def test_a_rollout_that_a_checkpoint_has_overlapped_is_timed_from_its_beginning(tmp_path: Path) -> None:
+    class Early(ScriptedParts):
+        """A step's episodes take LATE_S, and are there before the checkpoint of the step before is written."""
+
+        concurrent = True
+        have_ended = threading.Event()
+
+        def poll(self, max_wait_s: float):
+            if self.num_outstanding:
+                time.sleep(LATE_S)
+                self.have_ended.set()
+            return super().poll(max_wait_s)
+
+        def sync(self, policy_version: int):
+            self.have_ended.clear()
+            return super().sync(policy_version)
+
+        def finish_save(self) -> None:
+            assert self.version == 3 or self.have_ended.wait(30)
+            super().finish_save()
+
+    start(tmp_path, "train.num_steps=3", "checkpoint.every_steps=1", "stream.max_staleness_steps=0").train(Early().parts())
+    assert all(m["time/rollout_s"] >= LATE_S for m in load_metrics(tmp_path / "run" / "metrics.jsonl"))
 
 
 @pytest.mark.parametrize("k", [0, 1, 2])
