@@ -16,7 +16,6 @@ from toolrl_ray.errors import RolloutError, UserError
 from toolrl_ray.rollout import vllm_engine
 from toolrl_ray.rollout.engine_core import LastWords
 from toolrl_ray.rollout.vllm_engine import VLLMEngine, _check_platform, _set_environment
-from toolrl_ray.types import SamplingParams
 
 
 @pytest.fixture(autouse=True)
@@ -186,16 +185,19 @@ def test_an_engine_core_that_dies_or_does_not_start_says_why(tmp_path: Path) -> 
         pytest.skip("a GPU has a kernel for heads of 16: runs where vLLM's CPU build is installed")
     make_policy(tmp_path, tied=True, num_heads=8)
 
+    why = "RuntimeError: Unsupported CPU attention .*head_dim=16"
+
     async def first_request() -> None:
         engine = VLLMEngine(RunConfig(recipe="test"), str(tmp_path), "object_store", 0)
         try:
-            await engine.ready(0)
-            await asyncio.wait_for(engine.generate([5, 6, 7], SamplingParams(1.0, 4, ())), 60)
+            with pytest.raises(RolloutError, match=f"^vLLM cannot run {tmp_path}: {why}.*; rollout.engine=transformers may$"):
+                await asyncio.wait_for(engine.ready(0), 60)
+            with pytest.raises(RolloutError, match=f"^vLLM's engine-core process is dead: {why}"):
+                await engine.check_alive()
         finally:
             engine.shutdown()
 
-    with pytest.raises(RolloutError, match="^vLLM's engine-core process is dead: RuntimeError: Unsupported CPU attention .*head_dim=16"):
-        asyncio.run(first_request())
+    asyncio.run(first_request())
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 512}))
     with pytest.raises(RolloutError, match=f"^vLLM cannot start with {tmp_path}: "):

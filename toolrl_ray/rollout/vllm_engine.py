@@ -72,7 +72,7 @@ class VLLMEngine:
 
         _check_platform(config.rollout.num_gpus, current_platform.is_cpu())
         _leave_logprobs_undecoded()
-        self._version = policy_version
+        self._policy_dir, self._version = policy_dir, policy_version
         self._on_death = on_death
         self._update_may_be_open = False
         self._seed, self._draws_apart = config.seed, not on_gpu
@@ -112,7 +112,15 @@ class VLLMEngine:
         self._ids = itertools.count()
 
     async def ready(self, policy_version: int) -> None:
+        """Raises RolloutError where vLLM has loaded the model and cannot run it, for want of a kernel, which a first request shows."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         await self._answer(self._llm.update_weight_version(str(policy_version)))
+        try:
+            await self.score([0, 0])
+        except EngineDeadError as error:
+            reason = self._last_words.read(self._llm)
+            raise RolloutError(f"vLLM cannot run {self._policy_dir}: {reason}; rollout.engine=transformers may") from error
 
     async def check_alive(self) -> None:
         """Raises RolloutError, after `on_death`, where the engine-core process is dead or does not answer within ANSWER_S."""
