@@ -60,7 +60,7 @@ async def checksums(config: RunConfig, policy: str, backend: str, learner: Learn
         [loaded] = await engine.checksums()
         if learner is None:
             return [loaded]
-        sender = await asyncio.to_thread(VLLMSender, backend, Client(engine), learner, 0, 1, "127.0.0.1")
+        sender = await asyncio.to_thread(VLLMSender, backend, Client(engine), learner.weights_to_send(), 0, 1, "127.0.0.1")
         await engine.pause()
         await asyncio.to_thread(sender.send)
         await engine.resume()
