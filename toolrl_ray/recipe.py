@@ -19,8 +19,22 @@ RECIPES = Path(__file__).parent / "recipes"
 EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
+class _Repeated(yaml.YAMLError):
+    """A mapping has a key twice. The message says which, and where."""
+
+
 class _Loader(yaml.SafeLoader):
-    """Without dates: no key holds one, and a folder may be named like one."""
+    """Without dates: no key holds one, and a folder may be named like one. A key that comes again is refused: the last would win."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}  # of each key
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line, name = key.start_mark.line + 1, (key.tag, key.value)
+            if name in lines:
+                raise _Repeated(f"the key {key.value!r} is there twice, in lines {lines[name]} and {line}; keep one of them")
+            lines[name] = line
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -94,6 +108,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r} is not of the form key.path=value")
     try:
         value = read_yaml(text)
+    except _Repeated as error:
+        raise ConfigError(f"override {override!r}: {error}") from None
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: the value is not valid YAML; text that looks like something else needs quotes") from None
     if isinstance(value, str) and EXPONENT.fullmatch(text):

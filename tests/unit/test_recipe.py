@@ -66,3 +66,27 @@ def test_keys_that_are_no_names_and_sections_without_a_line_are_named(tmp_path: 
     path = tmp_path / "r.yaml"
     path.write_text(content)
     assert part in complaint(str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("train:\n  num_steps: 1\n  num_steps: 2\n", "the key 'num_steps' is there twice, in lines 2 and 3; keep one of them"),
+        ("train: {num_steps: 1}\nseed: 1\ntrain:\n  group_size: 2\n", "the key 'train' is there twice, in lines 1 and 3"),
+        ("train: {num_steps: 1, num_steps: 2}", "'num_steps' is there twice, in lines 1 and 1"),
+    ],
+)
+def test_a_key_that_is_there_twice_is_named_with_its_lines(tmp_path: Path, content: str, part: str) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text(content)
+    message = complaint(str(path))
+    assert str(path) in message and part in message
+    override = "train={num_steps: 1, num_steps: 2}"
+    assert complaint("calculator", override).startswith(f"override {override!r}: the key 'num_steps' is there twice")
+
+
+def test_a_key_may_stand_beside_a_merged_one(tmp_path: Path) -> None:
+    path = tmp_path / "merged.yaml"
+    path.write_text("rollout: {<<: &few {num_threads: 1, num_cpus: 1}, num_threads: 2}\nlearner: {<<: *few, num_threads: 3}\n")
+    loaded = recipes.load(str(path))
+    assert (loaded.rollout.num_threads, loaded.learner.num_threads, loaded.learner.num_cpus) == (2, 3, 1)
