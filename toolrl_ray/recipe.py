@@ -37,8 +37,17 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+def _decimal(form: re.Pattern[str]) -> re.Pattern[str]:
+    """Without YAML 1.1's octal 010 and its sexagesimal 1:30, which nobody means who writes them here."""
+    return re.compile(rf"(?![-+]?0[0-9_]+$)(?!.*:){form.pattern}", form.flags)
+
+
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, form) for tag, form in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    first: [
+        (tag, _decimal(form) if tag.endswith((":int", ":float")) else form)
+        for tag, form in resolvers
+        if tag != "tag:yaml.org,2002:timestamp"
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 

@@ -10,14 +10,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, get_args, get_origin
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from tools_service.runner import GATEWAY
+
+LEADING_ZERO = re.compile(r"[-+]?0[0-9_]+")
 
 
 class ServiceConfigError(ValueError):
@@ -26,6 +30,20 @@ class ServiceConfigError(ValueError):
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuses what pydantic takes for one: true for 1, and the text 010 for 10, which YAML 1.1 takes for 8."""
+        kinds = set(_kinds(cls.model_fields[info.field_name or ""].annotation))
+        if kinds & {int, float} and bool not in kinds:
+            for one in _leaves(value):
+                if isinstance(one, bool):
+                    message = f"{str(one).lower()} is no number; YAML reads yes and on as true, no and off as false"
+                    raise PydanticCustomError("number", message)
+                if isinstance(one, str) and str not in kinds and LEADING_ZERO.fullmatch(one):
+                    raise PydanticCustomError("number", f"{one!r} has a 0 before its digits, which YAML takes for octal; leave it out")
+        return value
 
 
 class PoolConfig(Section):
@@ -130,6 +148,27 @@ class ServiceConfig(ToolSet):
 
     app: str = Field("tools", min_length=1)
     http: HttpConfig | None = None
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """The types that an annotation is made of, the values of a Literal among them by their types."""
+    if get_origin(annotation) is Literal:
+        yield from map(type, get_args(annotation))
+    elif parts := get_args(annotation):
+        for part in parts:
+            yield from _kinds(part)
+    else:
+        yield annotation
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for one in value:
+            yield from _leaves(one)
+    else:
+        yield value
 
 
 def _unfit(name: str) -> str | None:
