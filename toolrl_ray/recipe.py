@@ -93,6 +93,12 @@ def read(recipe: str) -> dict[str, Any]:
         raise ConfigError(f"{path} is empty; a recipe that changes nothing holds {{}}")
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of sections, not a {type(tree).__name__}")
+    for key in tree:
+        if not isinstance(key, str):
+            shown = "null" if key is None else str(key).lower()
+            allowed = ", ".join(RunConfig.model_fields)
+            raise ConfigError(f"{path} holds the key {shown}, which YAML does not take for text; its keys: {allowed}")
+    tree = {key: value for key, value in tree.items() if value is not None or not allowed_keys(RunConfig, (key,))}  # empty: the defaults
     tree.setdefault("recipe", path.stem)
     return tree
 
@@ -140,6 +146,10 @@ def _first_line(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         allowed = ", ".join(allowed_keys(RunConfig, first["loc"][:-1]))
         return f"unknown key {key!r} (value {first['input']!r}); allowed there: {allowed}"
+    if first["type"] == "model_type":
+        none = ", null for none" if key == "policy.lora" else ""
+        keys = ", ".join(allowed_keys(RunConfig, first["loc"]))
+        return f"{key}={first['input']!r}: a section is wanted, {{}} for its defaults{none}; its keys: {keys}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error" and not isinstance(first["input"], (str, int, float)):
         return message

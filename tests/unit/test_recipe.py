@@ -8,6 +8,7 @@ import pytest
 
 from tests.unit.complaints import complaint
 from toolrl_ray import recipe as recipes
+from toolrl_ray.config import ToolsConfig, TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -61,11 +62,32 @@ def test_dates_in_a_file_are_text_and_sections_without_a_line_can_be_overridden(
     assert recipes.load(str(path)).recipe == "r"
 
 
-@pytest.mark.parametrize(("content", "part"), [("1: 2", "1=1: keys should be strings"), ("null: 2", "None"), ("train:", "train=None")])
-def test_keys_that_are_no_names_and_sections_without_a_line_are_named(tmp_path: Path, content: str, part: str) -> None:
+@pytest.mark.parametrize(("content", "key"), [("1: 2", "1"), ("null: 2", "null"), ("on: 2", "true")])
+def test_a_key_that_is_no_name_is_named_with_its_file(tmp_path: Path, content: str, key: str) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(content)
-    assert part in complaint(str(path))
+    message = complaint(str(path))
+    assert f"{path} holds the key {key}, which YAML does not take for text; its keys: recipe, seed, " in message
+
+
+def test_a_section_without_a_line_has_its_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("train:\ntools:\nseed: 3\npolicy: {lora: }\n")
+    loaded = recipes.load(str(path))
+    assert (loaded.seed, loaded.train, loaded.tools) == (3, TrainConfig(), ToolsConfig())
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train=5", "train=5: a section is wanted, {} for its defaults; its keys: num_steps, "),
+        ("train=", "train=None: a section is wanted, {} for its defaults; its keys: num_steps, "),
+        ("policy.lora=true", "policy.lora=True: a section is wanted, {} for its defaults, null for none; its keys: rank, "),
+        ("tools.pools.SimpleCalculatorTool=4", "tools.pools.SimpleCalculatorTool=4: a section is wanted, {} for its defaults; its keys: "),
+    ],
+)
+def test_a_value_in_place_of_a_section_is_told_what_a_section_is(override: str, said: str) -> None:
+    assert complaint("calculator", override).startswith(said)
 
 
 @pytest.mark.parametrize(
