@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 import os
 import shlex
@@ -242,9 +243,20 @@ def _write(results: list[Any], folder: Path, metrics: list[str]) -> int:
     from toolrl_ray.tracking.plots import draw
     from toolrl_ray.tracking.results import markdown, table_csv
 
+    _check_metrics(results, metrics)
     text = markdown(results)
     (folder / "table.md").write_text(text)
     (folder / "table.csv").write_text(table_csv(results))
     paths = draw(results, metrics, folder.name, folder)
     print(f"\n{text}\n" + "  ".join(str(path) for path in [*paths, folder / "table.md", folder / "table.csv"]), flush=True)
     return int(any(result.state is not State.DONE for result in results))
+
+
+def _check_metrics(results: list[Any], metrics: list[str]) -> None:
+    """Raises UserError for one that no run has, whose empty panel would replace a good picture. Those drawn by default may be missing."""
+    known = sorted(set().union(*(result.known for result in results)))
+    for metric in metrics if metrics != list(METRICS) else []:
+        if known and not any(result.curves.get(metric) for result in results):
+            near = difflib.get_close_matches(metric, known, n=8, cutoff=0)
+            more = f" and {len(known) - len(near)} more" if len(known) > len(near) else ""
+            raise UserError(f"--metric={metric!r} is measured in none of the runs; choose one of {', '.join(near)}{more}")

@@ -269,3 +269,24 @@ def test_what_contradicts_itself_is_refused_in_one_line(tmp_path: Path, capsys: 
             cli.main(["sweep", "calculator", f"--seeds={seeds}"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["study"]
     assert json.loads((tmp_path / "study" / "study.json").read_text())["seeds"] == [0]
+
+
+def test_a_metric_that_no_run_has_leaves_the_picture_as_it_is_and_names_those_there_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = tmp_path / "study"
+    assert cli.main(["sweep", "calculator", "--seeds", "2", "--dir", "study"]) == 0
+    with (study / "seed-1" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 3, "kept/by_one": 0.5, "weights/backend": "nccl"}) + "\n")
+    before = {path.name: path.read_bytes() for path in study.iterdir() if path.is_file()}
+    capsys.readouterr()
+    for name in ("objective/lk", "weights/backend"):
+        assert cli.main(["sweep", "--plot", "study", "--metric", "env/reward_mean", "--metric", name]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"--metric={name!r} is measured in none of the runs; choose one of " in line
+        assert all(known in line for known in ("env/reward_mean", "objective/kl", "time/step_s", "kept/by_one"))
+    assert {path.name: path.read_bytes() for path in study.iterdir() if path.is_file()} == before
+    assert cli.main(["sweep", "--plot", "study", "--metric", "kept/by_one"]) == 0
+    assert (study / "plot.png").read_bytes() != before["plot.png"]
+    sweep.claim(sweep.make_study("calculator", [], [0]), tmp_path / "young")  # nothing is known of its runs yet
+    assert cli.main(["sweep", "--plot", "young", "--metric", "objective/lk"]) == 1

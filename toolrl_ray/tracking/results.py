@@ -24,7 +24,7 @@ COLUMNS = ("variant", "seed", "state", "accuracy_before", "accuracy_after", "too
 @dataclass(frozen=True)
 class RunResult:
     """curves: of each metric, (step, value) in the order of steps. What is not known is None. time_s: training and evaluation. problem: why
-    the run counts as failed whatever else is there."""
+    the run counts as failed whatever else is there. known: the names of all that it measured."""
 
     variant: str
     seed: int
@@ -35,6 +35,7 @@ class RunResult:
     tool_use_after: float | None = None
     time_s: float | None = None
     problem: str = ""
+    known: frozenset[str] = frozenset()
 
     @property
     def steps_to_threshold(self) -> int | None:
@@ -44,8 +45,11 @@ class RunResult:
 
 def curve(rows: Sequence[Mapping[str, Any]], metric: str, step_key: str = "step") -> list[tuple[int, float]]:
     """The steps at which the metric is a finite number: a NaN, which W&B tells as text, is no value, and neither is any other text."""
-    values = [(row[step_key], row[metric]) for row in rows if row.get(metric) is not None]
-    return [(step, float(value)) for step, value in values if isinstance(value, Real) and math.isfinite(value)]
+    return [(row[step_key], float(row[metric])) for row in rows if is_number(row.get(metric))]
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 def read_run(folder: Path, run: PlannedRun, metrics: Sequence[str]) -> RunResult:
@@ -54,6 +58,7 @@ def read_run(folder: Path, run: PlannedRun, metrics: Sequence[str]) -> RunResult
     try:
         rows = load_metrics(path) if path.exists() else []
         curves = {metric: curve(rows, metric) for metric in names}
+        known = frozenset(name for row in rows for name, value in row.items() if is_number(value)) - {"step"}
         trained_s = sum(row.get("time/step_s") or 0.0 for row in rows)
     except (ValueError, TypeError, AttributeError, KeyError):
         return RunResult(run.variant, run.seed, State.FAILED, {metric: [] for metric in names}, problem=f"{path} is damaged")
@@ -69,6 +74,7 @@ def read_run(folder: Path, run: PlannedRun, metrics: Sequence[str]) -> RunResult
         after.get("accuracy"),
         after.get("tool_use_rate"),
         seconds or None,
+        known=known,
     )
 
 

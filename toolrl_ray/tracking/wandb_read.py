@@ -8,7 +8,7 @@ from typing import Any
 
 from toolrl_ray.errors import MissingDependency, UserError
 from toolrl_ray.sweep import State
-from toolrl_ray.tracking.results import REWARD, RunResult, curve
+from toolrl_ray.tracking.results import REWARD, RunResult, curve, is_number
 
 TIMEOUT_S = 60
 OF_A_RUN = ("seed.", "bootstrap.seed.", "run_dir.", "isolation.", "tracking.")  # what tells apart seeds and machines, not variants
@@ -57,6 +57,7 @@ def _read(run: Any, metrics: Sequence[str]) -> RunResult:
         curves,
         *summary.values(),
         time_s=run.summary.get("_runtime"),
+        known=frozenset(name for name in run.summary.keys() if name[:1] != "_" and is_number(run.summary.get(name))),
     )
 
 

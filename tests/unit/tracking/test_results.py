@@ -47,7 +47,9 @@ def test_a_run_is_read_from_its_folder(tmp_path: Path) -> None:
     }
     (tmp_path / "seed-4" / "eval.json").write_text(json.dumps(evaluations))
     curves = {REWARD: [(1, 0.5), (2, 0.75)], "objective/kl": [(2, 0.125)]}
-    assert read_run(tmp_path, run, ["objective/kl"]) == RunResult("calculator", 4, State.DONE, curves, 0.25, 0.875, 1.0, 10.0)
+    known = frozenset({*curves, "time/step_s"})
+    expected = RunResult("calculator", 4, State.DONE, curves, 0.25, 0.875, 1.0, 10.0, known=known)
+    assert read_run(tmp_path, run, ["objective/kl"]) == expected
 
 
 def test_a_curve_has_numbers_alone() -> None:
@@ -148,6 +150,7 @@ def test_runs_of_wandb_are_found_by_tag_and_told_apart_by_what_differs_beside_th
         ("kl_coef=0.1", 1),
     ]
     assert results[0].curves == {REWARD: [(1, 0.5), (2, 0.97)], "objective/kl": [(2, 0.2)]}
+    assert results[0].known == {"eval/before/accuracy", "eval/after/accuracy", "eval/after/tool_use_rate"}
     assert (results[0].state, results[0].accuracy_before, results[0].accuracy_after, results[0].time_s) == (State.DONE, 0.1, 0.9, 90)
     assert results[0].steps_to_threshold == 2
 
