@@ -5,6 +5,7 @@ Letters: S seeds, T steps.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ STYLE = {
     "axes.spines.right": False,
 }
 PANEL_INCHES = (6.4, 4.0)
+ONE_ROW_INCHES = 0.3  # of the legend
+TITLE_CHARACTERS, LEGEND_CHARACTERS = 50, 64  # that a panel has room for in a line
 LABELS = {"env/reward_mean": "mean reward of the step's episodes", "objective/kl": "KL to the reference, nats per episode"}
 
 
@@ -75,15 +78,26 @@ def draw(results: Sequence[RunResult], metrics: Sequence[str], title: str, folde
     with rc_context(STYLE):
         width, height = PANEL_INCHES
         figure = Figure(figsize=(width * len(metrics), height + 0.8), layout="constrained")
-        figure.suptitle(title)
+        figure.suptitle(textwrap.fill(title, TITLE_CHARACTERS * len(metrics)))
         axes = figure.subplots(1, len(metrics), squeeze=False)[0]
         for panel, metric in zip(axes, metrics, strict=True):
             _panel(panel, results, metric)
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, max(1, len(labels))), frameon=False)
+        _legend(figure, *axes[0].get_legend_handles_labels(), len(metrics))
         for path in paths:
             figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
     return paths
+
+
+def _legend(figure: Any, handles: list[Any], labels: list[str], num_panels: int) -> None:
+    """In as many columns as the figure has room for; the figure grows by the rows below the first."""
+    labels = [textwrap.fill(label, LEGEND_CHARACTERS * num_panels) for label in labels]
+    for columns in range(min(4, max(1, len(labels))), 0, -1):
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+        extent = legend.get_window_extent()
+        if extent.width <= figure.bbox.width or columns == 1:
+            break
+        legend.remove()
+    figure.set_figheight(figure.get_figheight() + max(0.0, extent.height / figure.dpi - ONE_ROW_INCHES))
 
 
 def _panel(panel: Any, results: Sequence[RunResult], metric: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from toolrl_ray.sweep import State
 from toolrl_ray.tracking import plots
@@ -82,6 +83,15 @@ def test_the_picture_is_a_png_wide_enough_for_its_panels(figure: tuple[bytes, st
     assert figure[0][:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", figure[0][16:24])
     assert (width, height) == (1920, 720)
+
+
+@pytest.mark.parametrize("metrics", [[REWARD], METRICS])
+@pytest.mark.parametrize("variants", [["learner.lr=1e-3", "learner.lr=1e-4"], [f"system={'words ' * 20}{number}" for number in range(9)]])
+def test_no_text_is_cut_off_at_the_edges(metrics: list[str], variants: list[str], tmp_path: Path) -> None:
+    results = [result(variant, seed, [0.1, 0.5]) for variant in variants for seed in range(2)]
+    picture = imread(plots.draw(results, metrics, "a-long-name-of-a-study-" * 8, tmp_path)[0])[..., :3]
+    for edge in (picture[:, :2], picture[:, -2:], picture[:2], picture[-2:]):
+        assert (edge == 1.0).all()
 
 
 def test_the_same_results_give_the_same_svg(tmp_path: Path) -> None:
