@@ -93,7 +93,7 @@ class WandbTracker:
                 settings=settings,
             )
         except Exception as error:  # whatever wandb raises, a run must not end for the lack of its tracking
-            logger.warning("wandb.init(mode=%s) failed", mode, exc_info=True)
+            logger.debug("wandb.init(mode=%s) failed", mode, exc_info=True)  # the note says why in one line
             self._failure = _one_line(error)
             with contextlib.suppress(Exception, SystemExit):  # a NameError where wandb cannot be imported
                 wandb.teardown()  # else the id stays taken in wandb's own process, and a second try could not have it

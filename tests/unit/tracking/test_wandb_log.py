@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import socket
 import sys
 import time
@@ -147,6 +148,19 @@ def test_a_wandb_that_cannot_be_imported_turns_tracking_off(monkeypatch: pytest.
     assert "wandb failed to start: import of wandb halted" in tracker.note
     tracker.log(1, {})
     tracker.finish()
+
+
+def test_a_wandb_that_fails_to_start_is_told_by_the_note_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(**given: object) -> None:
+        raise wandb.errors.UsageError("no such\nthing")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    tracker = WandbTracker(config("offline"), tmp_path)
+    assert (tracker.mode, tracker.note) == ("off", "W&B: off; wandb failed to start: no such thing")
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == "" and not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_online_without_a_login_is_offline(tmp_path: Path) -> None:
