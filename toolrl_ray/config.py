@@ -251,14 +251,22 @@ class EvalConfig(Section):
 
 class TrackingConfig(Section):
     wandb: Literal["auto", "offline", "online", "off"] = "auto"
-    wandb_project: str = "toolrl"
-    wandb_tags: list[str] = []  # a study adds the name of its folder
+    wandb_project: str = Field("toolrl", min_length=1, max_length=128)
+    wandb_tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = []  # a study adds the name of its folder
     num_transcripts: int = Field(8, ge=0)  # per step, in the W&B table
 
     @field_validator("wandb", mode="before")
     @classmethod
     def _off(cls, value: object) -> object:
         return "off" if value is False else value  # YAML 1.1 reads off as false
+
+    @field_validator("wandb_project")
+    @classmethod
+    def _without_signs(cls, value: str) -> str:
+        """Else wandb refuses it when the run begins, and the run goes on without."""
+        if any(sign in value for sign in "/\\#?%:"):
+            raise ValueError("the name of a W&B project holds none of / \\ # ? % :; give an entity in WANDB_ENTITY")
+        return value
 
 
 class RunConfig(Section):

@@ -89,7 +89,7 @@ def test_runs_are_tagged_with_the_name_of_their_study_beside_their_own_tags(tmp_
 
 
 def test_names_that_would_meet_are_told_apart(tmp_path: Path) -> None:
-    runs = plan(make_study("calculator", ["tracking.wandb_project='a b','a_b','a/b'"], [0]), tmp_path)
+    runs = plan(make_study("calculator", ["policy.path='a b','a_b','a/b'"], [0]), tmp_path)
     assert len({run.name for run in runs}) == 3 and all("/" not in run.name for run in runs)
 
 
