@@ -24,6 +24,7 @@ from toolrl_ray.types import SegmentKind, Trajectory
 Mode = Literal["off", "offline", "online"]
 INIT_TIMEOUT_S = 30.0
 ID_FILE = "wandb_id"  # in the run folder
+MAX_CELL = 8000  # characters; wandb warns on the terminal of cells of 100,000 bytes and more
 COLUMNS = ["step", "task", "prompt", "transcript", "answer", "reward", "stop_reason", "tool_calls"]
 
 logger = logging.getLogger(__name__)
@@ -152,12 +153,21 @@ def run_id(run_dir: Path) -> str:
 
 
 def transcript_row(step: int, trajectory: Trajectory) -> list[Any]:
-    """One row of the table of transcripts, in the order of COLUMNS."""
+    """One row of the table of transcripts, in the order of COLUMNS. A long text is cut; trajectories.jsonl has it whole."""
     prompt = "".join(segment.text for segment in trajectory.segments if segment.kind is SegmentKind.PROMPT)
     transcript = "".join(segment.text for segment in trajectory.segments if segment.kind is not SegmentKind.PROMPT)
     calls = "\n".join(f"{call.tool}({call.argument}) -> {call.status}: {call.text}" for call in trajectory.tool_calls)
     task = trajectory.request.task
-    return [step, task.id, prompt, transcript, task.answer, trajectory.reward, str(trajectory.stop_reason), calls]
+    row = [step, task.id, prompt, transcript, task.answer, trajectory.reward, str(trajectory.stop_reason), calls]
+    return [_cut(cell) if isinstance(cell, str) else cell for cell in row]
+
+
+def _cut(text: str) -> str:
+    """Its beginning and its end."""
+    if len(text) <= MAX_CELL:
+        return text
+    half = MAX_CELL // 2
+    return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters are left out here ...]\n{text[-half:]}"
 
 
 def _one_line(error: BaseException) -> str:

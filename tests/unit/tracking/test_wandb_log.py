@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import logging
@@ -123,6 +124,20 @@ def test_a_transcript_row_shows_the_episode_as_it_went() -> None:
     assert row["transcript"] == "<request>5<response>"
     assert row["tool_calls"] == "SimpleCalculatorTool(2+3) -> ok: 5"
     assert row["stop_reason"] == "max_turns"
+
+
+def test_a_long_text_is_cut_in_its_middle_and_floods_no_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    long = trajectory()
+    long.tool_calls[0] = dataclasses.replace(long.tool_calls[0], text="a" * 150_000 + "z" * 50_000)
+    cell = dict(zip(wandb_log.COLUMNS, transcript_row(3, long), strict=True))["tool_calls"]
+    assert len(cell) < wandb_log.MAX_CELL + 100
+    assert cell.startswith("SimpleCalculatorTool(2+3) -> ok: aaa") and cell.endswith("zzz")
+    assert "\n[... 192,033 characters are left out here ...]\n" in cell
+    tracker = WandbTracker(config("offline"), tmp_path)
+    tracker.log(0, {}, [long])
+    tracker.finish()
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
 
 
 def test_off_touches_nothing(tmp_path: Path) -> None:
