@@ -198,7 +198,7 @@ def serve_mcp(options: argparse.Namespace) -> int:
     received: list[int] = []
 
     async def run() -> None:
-        from tools_service.mcp_server import serve_stdio
+        from tools_service.mcp_server import own_stdout, serve_stdio
 
         loop, serving = asyncio.get_running_loop(), asyncio.current_task()
         assert serving is not None  # this is a coroutine
@@ -210,8 +210,9 @@ def serve_mcp(options: argparse.Namespace) -> int:
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, on_signal, number)
-        async with open_tools(options) as tools:
-            await serve_stdio(await tools.infos(), tools.call, tools.end_session)
+        with own_stdout() as wire:
+            async with open_tools(options) as tools:
+                await serve_stdio(await tools.infos(), tools.call, tools.end_session, wire)
 
     with suppress(asyncio.CancelledError):  # by a signal
         asyncio.run(run())

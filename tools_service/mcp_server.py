@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 import threading
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, redirect_stdout, suppress
 from typing import Any, TextIO
 
+import anyio
 import mcp_types as types
 from mcp.server.lowlevel import Server
 from mcp.server.stdio import stdio_server
@@ -69,17 +71,37 @@ class HttpFace:
         await self._sessions.handle_request(scope, receive, send)
 
 
-async def serve_stdio(infos: Mapping[str, ToolInfo], call: Call, end_session: Callable[[str], Awaitable[None]] | None = None) -> None:
+@contextmanager
+def own_stdout() -> Iterator[TextIO]:
+    """stdout, for the protocol alone: what is printed meanwhile, by a tool's module or a process of its, goes to stderr."""
+    sys.stdout.flush()
+    wire = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield os.fdopen(wire, "w", encoding="utf-8", closefd=False)  # open to the end: a thread may still write to it
+    finally:
+        sys.stdout.flush()
+        os.dup2(wire, 1)
+
+
+async def serve_stdio(
+    infos: Mapping[str, ToolInfo],
+    call: Call,
+    end_session: Callable[[str], Awaitable[None]] | None = None,
+    stdout: TextIO | None = None,
+) -> None:
     """Serves one client until it closes stdin, or until the caller cancels this. Nothing but the protocol reaches its stdout: what else
     is printed goes to stderr.
 
     All calls share one session, so that a tool that keeps state keeps it for this client. end_session: what lets the tools forget it.
+    stdout: where the client reads, of `own_stdout`, which a caller enters before it starts tools that may print.
     """
     session = uuid.uuid4().hex
     server = make_server(infos, call, session)
     try:
         with _stdin_lines() as lines:
-            async with stdio_server(stdin=lines) as (read, write):
+            async with stdio_server(stdin=lines, stdout=None if stdout is None else anyio.wrap_file(stdout)) as (read, write):
                 await server.run(read, write, server.create_initialization_options())
     finally:
         if end_session is not None:

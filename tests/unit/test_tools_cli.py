@@ -332,6 +332,46 @@ def test_the_session_of_an_mcp_client_ends_with_its_command(end: str, code: int)
         assert ended(lambda: not notebook.pages)
 
 
+LOUD_TOOL = '''
+import os
+
+print("as a module", flush=True)
+os.system("echo of its own process")
+
+
+def loud(x: str) -> str:
+    """Says what it does."""
+    print("in a call", flush=True)
+    return x
+'''
+
+
+def test_what_a_tool_prints_reaches_no_mcp_client(folder: Path) -> None:
+    (folder / "loud.py").write_text(LOUD_TOOL)
+    (folder / "loud.yaml").write_text("names: [Loud]\ncustom: {Loud: 'loud.py:loud'}\n")
+    client = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "t", "version": "1"}}
+    messages = [
+        {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": client},
+        {"jsonrpc": "2.0", "method": "notifications/initialized"},
+        {"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": {"name": "Loud", "arguments": {"x": "a"}}},
+    ]
+    command = [sys.executable, "-m", "toolrl_ray.cli", "tools", "mcp", "--local", "--config", "loud.yaml"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment
+    ) as process:
+        try:
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write("".join(json.dumps(message) + "\n" for message in messages))
+            process.stdin.flush()
+            lines = [process.stdout.readline() for _ in range(2)]
+            out, errors = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert [json.loads(line)["id"] for line in lines] == [1, 2] and (out, process.returncode) == ("", 0)
+    assert errors.splitlines() == ["as a module", "of its own process", "in a call"]
+
+
 def ended(condition: Callable[[], bool]) -> bool:
     """Whether what goes on in the background comes about."""
     give_up = time.monotonic() + 10
