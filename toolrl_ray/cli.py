@@ -171,10 +171,8 @@ def _policy_dir(config: Any, say: Any = say) -> str:
 
 def with_parts(config: Any, options: argparse.Namespace, learner: bool, use: Any) -> Any:
     """Run `use(parts, policy_dir)` on Ray or in this process, and take everything down afterwards, whatever happens."""
-    from toolrl_ray import contradictions, generated_index, preflight
+    from toolrl_ray import generated_index, preflight
 
-    for message in contradictions.of_one_process(config, learner=learner) if options.in_process else ():
-        raise UserError(message)
     preflight.check(config, in_process=options.in_process, learner=learner)
     config = generated_index.resolved(config, say)
     if options.in_process:

@@ -52,14 +52,6 @@ def contradictions(config: RunConfig) -> Iterator[str]:
         )
 
 
-def of_one_process(config: RunConfig, *, learner: bool) -> Iterator[str]:
-    """The same for a run that is all in one process."""
-    counts = {"rollout.num_actors": config.rollout.num_actors} | ({"learner.num_ranks": config.learner.num_ranks} if learner else {})
-    for key, count in counts.items():
-        if count > 1:
-            yield f"{key}={count} contradicts --in-process, which has but one; set {key}=1 or take --in-process away"
-
-
 def _format_contradictions(config: RunConfig) -> Iterator[str]:
     """The same for how the policy is asked and writes its calls."""
     episode, task = config.episode, config.task

@@ -29,6 +29,7 @@ def check(config: RunConfig, *, in_process: bool, learner: bool) -> None:
 
     check_packages(config, in_process=in_process, learner=learner)
     if in_process:
+        check_counts(config, learner=learner)
         check_devices(config, learner=learner)
     tool_factories(config.tools)
     check_index(config, in_process=in_process)
@@ -41,6 +42,14 @@ def check(config: RunConfig, *, in_process: bool, learner: bool) -> None:
         if os.path.isdir(config.policy.path):
             check_weights(config.policy.path)
     check_prompts(config, first)
+
+
+def check_counts(config: RunConfig, *, learner: bool) -> None:
+    """One process has one of each."""
+    counts = {"rollout.num_actors": config.rollout.num_actors} | ({"learner.num_ranks": config.learner.num_ranks} if learner else {})
+    for key, count in counts.items():
+        if count > 1:
+            raise ConfigError(f"{key}={count} contradicts --in-process, which has but one; set {key}=1 or take --in-process away")
 
 
 def check_packages(config: RunConfig, *, in_process: bool, learner: bool) -> None:
