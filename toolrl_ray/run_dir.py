@@ -99,6 +99,8 @@ def reopen(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
             raise UserError(f"--resume {str(run_dir)!r}: the run is finished; {remedy}")
         if finished(run_dir) and has_trained(run_dir) and not committed_steps(run_dir):
             raise UserError(f"--resume {str(run_dir)!r}: {NO_CHECKPOINT}")
+        if (newest := max(committed_steps(run_dir), default=0)) > (num_steps := config.train.num_steps):
+            raise UserError(f"--resume {str(run_dir)!r}: train.num_steps={num_steps} is less than the {newest} of its newest checkpoint")
         if lost := lost_without_checkpoint(run_dir, saved):
             raise UserError(f"--resume {str(run_dir)!r}: {lost}")
     except BaseException:

@@ -241,6 +241,13 @@ def test_a_folder_may_have_any_characters(tmp_path: Path) -> None:
     assert reopen(run_dir).run_dir == str(run_dir)
 
 
+def test_a_run_is_not_resumed_to_fewer_steps_than_it_has(tmp_path: Path) -> None:
+    run_dir = interrupted(tmp_path / "run", "train.num_steps=20", "checkpoint.every_steps=4")
+    (run_dir / "checkpoints" / "step-000008").mkdir(parents=True)
+    assert "train.num_steps=7 is less than the 8 of its newest checkpoint" in refusal(run_dir, "train.num_steps=7")
+    assert reopen(run_dir, ["train.num_steps=8"])  # to save and evaluate it
+
+
 def test_a_finished_run_is_refused_unless_it_is_to_go_on_longer(tmp_path: Path) -> None:
     run_dir = interrupted(tmp_path / "run", "train.num_steps=6")
     (run_dir / "policy").mkdir()
