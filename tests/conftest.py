@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import hypothesis
 import pytest
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
+
+T = TypeVar("T")
 
 hypothesis.settings.register_profile("toolrl", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("toolrl")
@@ -36,16 +39,27 @@ NO_GPU = "no NVIDIA GPU here that .venv's torch can use; runs where torch.cuda.i
 
 
 def ray_cluster(**head: Any) -> Cluster:
-    """Ray's Cluster with a head node. Tried again: Ray forks with a preexec_fn, and where this process has threads in gRPC by then the
-    child may abort before it is Ray's; `ray.init` has toolrl_ray.local_ray for that."""
+    """Ray's Cluster with a head node."""
     from ray.cluster_utils import Cluster
 
+    return _tried_again(lambda: Cluster(initialize_head=True, head_node_args={"include_dashboard": False, **head}))
+
+
+def ray_node(cluster: Cluster, **node: Any) -> Any:
+    """One more node of it."""
+    return _tried_again(lambda: cluster.add_node(**node))
+
+
+def _tried_again(start: Callable[[], T]) -> T:
+    """Ray forks with a preexec_fn, and where this process has threads in gRPC by then the child may abort before it is Ray's; `ray.init`
+    has toolrl_ray.local_ray for that."""
     for left in (2, 1, 0):
         try:
-            return Cluster(initialize_head=True, head_node_args={"include_dashboard": False, **head})
-        except RuntimeError:
+            return start()
+        except Exception:  # of no class of its own
             if not left:
                 raise
+    raise AssertionError("the last try returns or raises")
 
 
 def data_dir() -> Path | None:

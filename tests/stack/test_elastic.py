@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ray.cluster_utils import Cluster
 
-from tests.conftest import ray_cluster
+from tests.conftest import ray_cluster, ray_node
 from toolrl_ray import cluster, recipe
 from toolrl_ray.bootstrap.build import ensure_tiny_policy
 from toolrl_ray.driver import Run
@@ -43,7 +43,7 @@ class Nodes:
     def after(self, line: str) -> None:
         if line.startswith("step  3/"):
             assert self.pool._book.present == [0]
-            self.node = self.cluster.add_node(num_cpus=1)
+            self.node = ray_node(self.cluster, num_cpus=1)
         elif line.startswith("step  5/"):
             self.wait_for([0, 1])
         elif line.startswith("step  8/"):

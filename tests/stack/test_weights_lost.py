@@ -10,7 +10,7 @@ import ray
 from learner_synthetic import run_config
 from ray import cloudpickle
 
-from tests.conftest import ray_cluster
+from tests.conftest import ray_cluster, ray_node
 from toolrl_ray.errors import LearnerLost
 from toolrl_ray.weights.sync import WeightSync
 
@@ -50,7 +50,7 @@ class Engine:
 def test_weights_that_went_with_their_node_are_a_lost_learner_and_cost_no_engine() -> None:
     cluster = ray_cluster(num_cpus=1, resources={"engine": 1})
     try:
-        node = cluster.add_node(num_cpus=1, resources={"learner": 1})
+        node = ray_node(cluster, num_cpus=1, resources={"learner": 1})
         ray.init(address=cluster.address, log_to_driver=False)
         engines = [Engine.remote(), Engine.remote()]
         sync = WeightSync(run_config(), SimpleNamespace(reachable=lambda: engines, holds=lambda actors: True), [Learner.remote()])
