@@ -158,7 +158,7 @@ def compiler() -> Check:
     """vLLM and Triton compile kernels for the GPU at hand when they start."""
     found = shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
     headers = Path(sysconfig.get_path("include"), "Python.h")
-    lacks = [what for what, there in (("a C compiler", found), (f"{headers}", headers.is_file())) if not there]
+    lacks = [what for what, there in (("a C compiler", found), (str(headers), headers.is_file())) if not there]
     remedy = "sudo apt-get install gcc python3-dev"
     return Check("C compiler", not lacks, f"missing: {', '.join(lacks)}" if lacks else str(found), remedy, required=True)
 

@@ -23,7 +23,7 @@ def load_codec(policy_dir: str) -> HFCodec:
     """Raises UserError with one line."""
     from transformers import AutoTokenizer
 
-    if _has_file(policy_dir, TEKKEN) and not _has_file(policy_dir, "tokenizer.json"):
+    if not _has_file(policy_dir, "tokenizer.json") and _has_file(policy_dir, TEKKEN):  # in the order of what a Hub is asked least for
         raise UserError(f"policy.path={policy_dir!r} has Mistral's {TEKKEN} alone; put the same model's tokenizer.json beside it")
     try:
         # Mistral's own format has a tokenizer class of its own, which neither writes special tokens out nor takes a chat template.

@@ -61,8 +61,9 @@ def task_module(config: TaskSource) -> TaskModule:
     functions = {"load_tasks": "load_tasks", "render_prompt": "render_prompt", "reward": config.reward}
     if missing := [name for name in functions.values() if not callable(getattr(module, name, None))]:
         raise ConfigError(f"task.module={config.module!r} lacks {', '.join(missing)}")
-    found = {role: _told(config.module, getattr(module, name)) for role, name in functions.items()}
+    found = {role: getattr(module, name) for role, name in functions.items()}
     if is_own(config):
+        found = {role: _told(config.module, function) for role, function in found.items()}
         found["render_prompt"] = _rendering(config.module, found["render_prompt"])
     return cast(TaskModule, SimpleNamespace(**found))
 
@@ -87,9 +88,6 @@ def _rendering(module: str, render: Callable[[Task, int], str]) -> Callable[[Tas
 
 def _told(module: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A person's own function, whose mistakes are told by file and line."""
-    if module.startswith("toolrl_ray."):
-        return function
-
     @wraps(function)
     def call(*arguments: Any) -> Any:
         try:
