@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic_core import PydanticCustomError
 
 from tools_service.runner import GATEWAY
+from tools_service.strict_yaml import read_yaml
 
 LEADING_ZERO = re.compile(r"[-+]?0[0-9_]+")
 
@@ -216,10 +217,10 @@ def allowed_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> lis
 def load(path: str | Path) -> ServiceConfig:
     """The service that a YAML file describes. Raises ServiceConfigError with one line."""
     try:
-        tree = yaml.safe_load(Path(path).read_text())
+        tree = read_yaml(Path(path).read_text())
     except OSError as error:
         raise ServiceConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:  # not text, no YAML, or of a type that has no such value
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ServiceConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ServiceConfigError(f"{path} must hold a mapping with names, custom, options, pools ..., not {type(tree).__name__}")

@@ -57,6 +57,22 @@ def test_a_mistake_in_a_service_is_one_line_with_place_and_value(tree, message):
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("names: [A]\napp: x\nnames: [B]\n", "is not valid YAML: the key 'names' is there twice, in lines 1 and 3; keep one of them"),
+        ("http: {port: 08080}\n", ": http.port='08080': '08080' has a 0 before its digits, which YAML takes for octal; leave it out"),
+        ("http: {port: 010000}\n", ": http.port='010000': '010000' has a 0 before its digits"),
+        ("start_timeout_s: 1:30\n", ": start_timeout_s='1:30': Input should be a valid number"),
+    ],
+)
+def test_yaml_that_surprises_is_refused(tmp_path, text, message):
+    (path := tmp_path / "service.yaml").write_text(text)
+    with pytest.raises(ServiceConfigError) as error:
+        load(path)
+    assert str(error.value).startswith(str(path)) and message in str(error.value)
+
+
 @pytest.mark.parametrize("text", ["- a", "a: [", "\xff"])
 def test_a_file_that_is_no_service_is_refused_by_name(tmp_path, text):
     path = tmp_path / "service.yaml"
