@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from toolrl_ray.algos.masked import AllSum, check_shapes, identity, masked_whiten
+from toolrl_ray.algos.masked import check_shapes, masked_whiten
 
 
 def _check_rows(mask: Tensor, **tensors: Tensor) -> None:
@@ -79,21 +79,18 @@ def _check_groups(scores: Tensor, group_index: Tensor) -> None:
 
 
 @torch.no_grad()
-def grpo(scores: Tensor, group_index: Tensor, eps: float = 1e-6, scale_by_std: bool = True) -> Tensor:
-    """A_i = (s_i - mean_g) / (std_g + eps), mean and std over the rows j of i's group g; a group of one gives 0.
+def grpo(scores: Tensor, group_index: Tensor) -> Tensor:
+    """A_i = (s_i - mean_g) / (std_g + 1e-6), mean and std over the rows j of i's group g; a group of one gives 0.
 
-    Shao et al. 2024 (arXiv 2402.03300) section 4.1.2; std with n-1, which the paper leaves open. scale_by_std=False leaves the
-    division out (Liu et al. 2025, arXiv 2503.20783, section 3).
+    Shao et al. 2024 (arXiv 2402.03300) section 4.1.2; std with n-1, which the paper leaves open.
     scores [B]; group_index long [B], any labels; a group's rows must all be in the call. Returns [B].
     """
     _check_groups(scores, group_index)
-    s = scores.double()  # in float32 the rounding error of a group of equal scores would be blown up by 1/eps
+    s = scores.double()  # in float32 the rounding error of a group of equal scores would be blown up by the division
     sums, sizes = _group_sums(s, group_index)
     centred = s - sums / sizes
-    if not scale_by_std:
-        return centred.to(scores.dtype)
     squares, _ = _group_sums(centred**2, group_index)
-    return (centred / ((squares / (sizes - 1).clamp(min=1)).sqrt() + eps)).to(scores.dtype)
+    return (centred / ((squares / (sizes - 1).clamp(min=1)).sqrt() + 1e-6)).to(scores.dtype)
 
 
 @torch.no_grad()
@@ -109,13 +106,13 @@ def rloo(scores: Tensor, group_index: Tensor) -> Tensor:
     return torch.where(sizes > 1, s - (sums - s) / (sizes - 1).clamp(min=1), 0.0).to(scores.dtype)
 
 
-def reinforce_pp(rewards: Tensor, mask: Tensor, gamma: float, all_sum: AllSum = identity) -> Tensor:
+def reinforce_pp(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
     """A_t = (G_t - mean) / std, G_t the return to go, mean and std over every trained token of the global batch.
 
     Hu et al. 2025 (arXiv 2501.03262), global advantage normalisation; with gamma = 1 and the KL penalty in the rewards,
     G_t = score - kl_coef sum_{k=t}^{n-1} kl_k. Returns [B, A].
     """
-    return masked_whiten(returns_to_go(rewards, mask, gamma), mask, all_sum)
+    return masked_whiten(returns_to_go(rewards, mask, gamma), mask)
 
 
 @torch.no_grad()

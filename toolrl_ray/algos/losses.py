@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from toolrl_ray.algos.masked import AllSum, check_shapes, identity, masked_mean, masked_mean_var, masked_sum
+from toolrl_ray.algos.masked import check_shapes, masked_mean, masked_mean_var, masked_sum
 
 MAX_LOG_RATIO = 20.0
 CHUNK_ELEMENTS = 2**24  # logits worked on at once: 64 MiB in float32
@@ -146,19 +146,19 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: Literal["k1",
     raise ValueError(f"unknown KL estimator {estimator!r}; allowed: k1, k2, k3")
 
 
-def mean_abs_difference(x: Tensor, y: Tensor, mask: Tensor, all_sum: AllSum = identity) -> Tensor:
-    """(1/n) sum_i |x_i - y_i| over all ranks' i with mask_i, 0 when n = 0: for |rollout - old logprob|. Scalar, no gradient."""
-    return masked_mean((x - y).abs(), mask, all_sum)
+def mean_abs_difference(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    """(1/n) sum_i |x_i - y_i| over i with mask_i, 0 when n = 0: for |rollout - old logprob|. Scalar, no gradient."""
+    return masked_mean((x - y).abs(), mask)
 
 
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, all_sum: AllSum = identity) -> Tensor:
-    """1 - Var(R - V) / Var(R), population variances over all ranks' tokens with mask: 1 is perfect, 0 no better than a constant.
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 - Var(R - V) / Var(R), population variances over the tokens with mask: 1 is perfect, 0 no better than a constant.
 
     Where R does not vary (or there is no token) nothing can be explained: 0. Scalar, no gradient.
     """
     check_shapes(mask, values=values, returns=returns)
     returns = returns.double()
-    mean, var = masked_mean_var(returns, mask, all_sum)
-    _, residual_var = masked_mean_var(returns - values.double(), mask, all_sum)
+    mean, var = masked_mean_var(returns, mask)
+    _, residual_var = masked_mean_var(returns - values.double(), mask)
     varies = var > 1e-12 * (1 + mean**2)  # below that it is the rounding error of float32 rewards
     return torch.where(varies, 1 - residual_var / torch.where(varies, var, 1.0), 0.0).to(values.dtype)

@@ -1,4 +1,4 @@
-"""Masked statistics: hand-computed numbers, NaN at padding, ranks."""
+"""Masked statistics: hand-computed numbers, NaN at padding."""
 
 from __future__ import annotations
 
@@ -12,12 +12,6 @@ from toolrl_ray.algos.masked import masked_mean, masked_mean_var, masked_sum, ma
 NAN = float("nan")
 X = torch.tensor([[1.0, 2.0, NAN], [6.0, NAN, NAN]])
 MASK = torch.tensor([[True, True, False], [True, False, False]])
-
-
-def all_sum_with(*others):
-    """What an all-reduce does to this rank's tensors when the other rank sends `others`, one per call, in order."""
-    sent = iter(others)
-    return lambda x: x + next(sent)
 
 
 def test_sum_and_mean_of_hand_computed_numbers():
@@ -53,19 +47,6 @@ def test_one_token_or_equal_tokens_whiten_to_zero(value):
     one = torch.tensor([[True, False, False], [False, False, False]])
     assert masked_whiten(x, one).abs().max().item() == 0.0
     assert masked_whiten(x, torch.ones(2, 3, dtype=torch.bool)).abs().max().item() < 1e-5
-
-
-def test_ranks_together_whiten_as_one_batch():
-    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)) * 3 + 100
-    mask = torch.arange(5) < torch.tensor([5, 3, 1, 0, 2, 4])[:, None]
-    whole = masked_whiten(x, mask)
-    (xa, ma), (xb, mb) = (x[:4], mask[:4]), (x[4:], mask[4:])
-    mean = x[mask].double().mean()
-    of_b = torch.stack([masked_sum(xb.double(), mb), mb.sum().double()]), ((xb[mb].double() - mean) ** 2).sum()
-    of_a = torch.stack([masked_sum(xa.double(), ma), ma.sum().double()]), ((xa[ma].double() - mean) ** 2).sum()
-    torch.testing.assert_close(masked_whiten(xa, ma, all_sum_with(*of_b)), whole[:4], rtol=0, atol=1e-6)
-    torch.testing.assert_close(masked_whiten(xb, mb, all_sum_with(*of_a)), whole[4:], rtol=0, atol=1e-6)
-    assert masked_mean(xa, ma, all_sum_with(of_b[0], of_b[1])).item() == pytest.approx(mean.item(), rel=1e-6)
 
 
 @given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=2, max_size=30), st.floats(-50, 50), st.floats(0.5, 20))

@@ -46,6 +46,13 @@ def test_the_loss_and_gradient_of_two_tokens_computed_by_hand():
     torch.testing.assert_close(current.grad, torch.tensor([[-1.76 / 2, 2.1 / 2]], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_no_importance_is_where_no_token_is(level):
+    _, old, rollout, _ = three_policies()
+    x = log_importance(torch.where(MASK, old, float("nan")), rollout, MASK, level)
+    assert torch.equal(x != 0, MASK)
+
+
 def test_the_clip_is_around_the_proximal_policy_so_a_stale_token_still_has_its_gradient():
     current, old, rollout, mask = everything([0.6], [0.6], [0.4])
     advantages, gradients = torch.ones(1, 1, dtype=torch.float64), []
