@@ -287,6 +287,35 @@ def test_time_in_which_the_main_thread_was_held_up_is_no_stall(monkeypatch: pyte
         a_collector._pump(0)
 
 
+def test_a_group_that_completes_is_movement_and_a_part_of_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    class InTurn(Concurrent):
+        """An episode every 2 seconds: whole groups at first, from second 20 on one of each group."""
+
+        def poll(self, max_wait_s: float):
+            fit = [request for request in self._running if now[0] < 20 or request.episode_id.endswith(":0")][:1]
+            self._running = [request for request in self._running if request not in fit]
+            return [trajectory(request) for request in fit]
+
+    stream = Stream(StreamConfig(), TaskStream(TASKS, 0), groups_per_batch=12, group_size=3, num_batches=1)
+    a_collector = Collector(InTurn(), stream, 10, print)
+    with pytest.raises(StallError, match="nothing has moved for 12 s"):
+        for at in range(0, 60, 2):
+            now[0] = at
+            a_collector._pump(0)
+    assert (now[0], stream.num_completed) == (30, 3)
+
+
+def test_time_with_episodes_under_way_is_not_counted_as_idle() -> None:
+    a_collector, _ = collector(Stalled())
+    a_collector._pump(0)
+    before = a_collector.idle_s
+    a_collector.beside("the update", lambda: threading.Event().wait(0.1))
+    assert a_collector.idle_s == before
+
+
 def test_a_long_wait_is_told_while_it_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TELL_S", 0.02)
     said: list[str] = []

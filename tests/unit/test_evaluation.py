@@ -33,6 +33,33 @@ def test_stop_reasons_are_shares_of_the_episodes():
     assert metrics["rollout/tokens_per_s"] == len(rows) / 2
 
 
+def test_the_numbers_of_a_step_computed_by_hand():
+    rows = [episode(EpisodeRequest("1:0:0", "1:0", TASKS[0]), 1.0, OK, FAILED), episode(EpisodeRequest("2:0:0", "2:0", TASKS[1]), 0.2)]
+    rows[0].token_ids[:], rows[0].loss_mask[:] = [1, 2, 3, 4], [False, True, True, True]
+    numbers = rollout_metrics(rows, 4.0, [(0.5, 10), (0.5, 6)])
+    assert {name: value for name, value in numbers.items() if value} == pytest.approx(
+        {
+            "env/reward_mean": 0.6,
+            "env/reward_mean_with_dropped": 0.55,
+            "env/reward_std": 0.4,
+            "env/tool_use_rate": 0.5,
+            "env/turns_mean": 1.0,
+            "env/sampled_tokens_mean": 2.0,
+            "env/episode_s_mean": 0.5,
+            "tools/calls": 2,
+            "tools/latency_s_mean": 0.1,
+            "tools/status/ok": 1,
+            "tools/status/tool_error": 1,
+            "rollout/episodes": 4,
+            "rollout/sampled_tokens": 20,
+            "rollout/episodes_per_s": 1.0,
+            "rollout/tokens_per_s": 5.0,
+            "time/rollout_s": 4.0,
+            "env/stop/submitted": 1.0,
+        }
+    )
+
+
 def test_a_step_with_tasks_of_two_sources_tells_reward_and_tool_use_of_each():
     a, b = (EpisodeRequest("", source, Task(source, "q", "a", source)) for source in "ab")
     rows = [episode(a, 1.0, OK), episode(a, 0.5), episode(b, 0.0)]

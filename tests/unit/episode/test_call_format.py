@@ -45,6 +45,8 @@ def test_a_malformed_call_says_what_is_wrong(text, problem):
         ("Result=1<submit>", TurnKind.SUBMIT, 16),
         ("Result=1<submit><request><A>1<call>", TurnKind.SUBMIT, 16),
         ("<request><A>1<call>2<submit>", TurnKind.CALL, 19),
+        ("<submit>", TurnKind.SUBMIT, 8),
+        ("<call>", TurnKind.MALFORMED, 6),
         ("<call<submi", TurnKind.PLAIN, 11),
         ("", TurnKind.PLAIN, 0),
     ],

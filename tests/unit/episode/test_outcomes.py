@@ -9,6 +9,7 @@ import pytest
 
 from tests.unit.episode.script import LIMITS, FakeTool, Script, play, said
 from tests.unit.episode.vocabularies import codec as vocabulary
+from toolrl_ray.episode.clock import Clock
 from toolrl_ray.episode.shown import SHOWN, check_template
 from toolrl_ray.evaluation import rollout_metrics
 from toolrl_ray.tools.dispatch import Dispatcher
@@ -234,6 +235,32 @@ def test_a_stalled_engine_ends_the_episode_by_name(limits, reason):
         await asyncio.Event().wait()
 
     assert play(CODEC, stalled, FakeTool(), limits).stop_reason is reason
+
+
+def test_no_turn_and_no_call_has_more_time_than_is_left_of_the_episode():
+    class Watched(Clock):
+        def timeout(self, seconds):
+            budgets.append(seconds)
+            return super().timeout(seconds)
+
+    budgets, tool = [], FakeTool()
+    limits = replace(LIMITS, turn_deadline_s=1000, tool_deadline_s=1000, episode_deadline_s=100)
+    play(CODEC, Script(said(CODEC, CALL), said(CODEC, SUBMIT)), tool, limits, clock=Watched())
+    assert len(budgets) == 2 and 50 < budgets[1] <= tool.calls[0].deadline_s <= budgets[0] <= 100
+
+
+def test_an_eos_ends_an_episode_also_where_the_turn_has_no_token_left():
+    trajectory = play(CODEC, Script(said(CODEC, "10.1", "length", eos=True)), FakeTool())
+    assert trajectory.stop_reason is StopReason.EOS and not trajectory.truncated
+
+
+def test_an_engine_that_changes_the_prompt_it_is_given_changes_no_ledger():
+    async def greedy(token_ids, params):
+        token_ids.clear()
+        return said(CODEC, SUBMIT)
+
+    trajectory = play(CODEC, greedy, FakeTool())
+    assert CODEC.decode(trajectory.token_ids) == "What is 13.1-3?" + "\n\n" + SUBMIT
 
 
 def test_an_aborted_completion_ends_the_episode_by_name():

@@ -211,6 +211,17 @@ def test_a_group_without_signal_is_replaced_by_another_prompt_up_to_a_limit() ->
     assert s.counts() == {"pending": 0, "in_flight": 0, "buffered": 0, "trained": 1, "dropped": 1}
 
 
+def test_the_limit_on_groups_without_signal_is_one_of_each_step() -> None:
+    s = stream(k=0, batch=1, size=2, filter_zero_signal=True, max_filtered=2)
+    for step in range(3):
+        for _ in range(2):
+            s.add([finished(request, step, reward=0.0) for request in s.admit()])
+        s.add([finished(request, step, reward=reward) for request, reward in zip(s.admit(), (0.0, 1.0), strict=True)])
+        assert groups(s.next_batch() or []) == [3 * step + 2] * 2
+        assert s.dropped_episodes == [(0.0, 2)] * 4
+        s.loaded(step + 1)
+
+
 def test_the_finished_episodes_of_dropped_groups_are_told_with_the_next_batch_alone() -> None:
     now = [0.0]
     s = stream(k=0, batch=1, size=2, filter_zero_signal=True, group_deadline_s=10, clock=lambda: now[0])
@@ -317,3 +328,19 @@ def test_what_is_there_is_described() -> None:
     assert s.describe() == (
         "stream: 0 batches handed over, engines at version 0; prompts: 0 pending, 3 in_flight, 1 buffered, 0 trained, 0 dropped"
     )
+
+
+def test_what_holds_up_the_next_update_is_described() -> None:
+    s = stream(k=0, batch=3)
+    s.add([finished(s.admit()[0], 0)])
+    assert s.describe().endswith(", 0 dropped; 2 of those in flight are due at the next update")
+
+
+def test_prompts_that_are_run_again_are_admitted_in_their_order_however_often_a_run_is_killed() -> None:
+    saved = stream(k=1, batch=2)
+    saved.admit()
+    for _ in range(2):
+        resumed = stream(k=0, batch=2)
+        resumed.load_state_dict(saved.state_dict())
+        assert [request.group_id for request in resumed.admit()] == ["0", "1"]  # 2 and 3 are pending still
+        saved = resumed

@@ -198,6 +198,20 @@ def test_a_batch_that_stalls_is_sent_back_at_half_its_shortest_deadline():
     assert alone.status is TIMEOUT
 
 
+@pytest.mark.parametrize("deadlines", [(0.2, 3600.0), (3600.0, 0.2)])
+async def test_a_batch_waits_for_half_the_shortest_deadline_of_its_calls(deadlines, monkeypatch):
+    waited = []
+
+    async def wait(tasks, *, timeout):
+        waited.append(timeout)
+        return await original(tasks, timeout=timeout)
+
+    original = asyncio.wait
+    monkeypatch.setattr(module.asyncio, "wait", wait)
+    batch = [ToolCall("Scripted", "stall", deadline_s) for deadline_s in deadlines]
+    assert (await Executor(Many(), 64).run(batch), waited) == ([None, None], [0.1])
+
+
 def test_a_batch_with_a_result_too_few_is_an_error_of_the_tool():
     assert [(r.status, r.text) for r in run(Many(), "a", "lose one")] == [(TOOL_ERROR, "the tool failed with ValueError")] * 2
 

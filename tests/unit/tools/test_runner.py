@@ -163,6 +163,38 @@ def test_a_stalled_call_alone_is_answered_at_its_deadline_and_makes_the_tool_unh
     assert "a" not in tool.ran
 
 
+async def test_a_late_call_takes_up_its_place_until_it_ends_and_no_longer():
+    tool = Scripted()
+    executor = Executor(tool, 1)
+    assert [r.status for r in await executor.run(calls(("stall", 0.05)))] == [ToolStatus.TIMEOUT]
+    assert [r.status for r in await executor.run(calls(("a", 5.0)))] == [ToolStatus.OVERLOADED]
+    tool.release.set()
+    while executor.stats()["overdue"]:
+        await asyncio.sleep(0.01)
+    assert [r.status for r in await executor.run(calls(("a", 5.0)))] == [ToolStatus.OK]
+
+
+async def test_a_tool_is_unhealthy_once_half_of_its_places_are_taken_by_late_calls():
+    tool = Scripted()
+    executor = Executor(tool, 8)
+    for _ in range(3):
+        await executor.run(calls(("stall", 0.02)))
+    await executor.check()
+    await executor.run(calls(("stall", 0.02)))
+    with pytest.raises(UnhealthyTool, match="4 of 8 calls run past their deadline"):
+        await executor.check()
+    tool.release.set()
+
+
+async def test_a_probe_that_ends_in_an_error_is_unhealthy_whatever_other_calls_end():
+    tool = Scripted()
+    tool.probe = "error"
+    executor = Executor(tool, 8)
+    await executor.run(calls(("fine", 5.0)))
+    with pytest.raises(UnhealthyTool, match="the probe 'error' ended in tool_error"):
+        await executor.check()
+
+
 async def test_calls_whose_callers_have_gone_are_not_past_their_deadline_and_still_take_up_room():
     tool = Scripted()
     executor = Executor(tool, 2)
