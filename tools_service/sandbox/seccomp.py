@@ -23,6 +23,7 @@ O_CREAT, O_TRUNC, O_ACCMODE, O_PATH, O_TMPFILE = 0o100, 0o1000, 0o3, 0o10000000,
 MMAP, CLONE, MKDIR, MKDIRAT, OPENAT, RENAMEAT2 = 9, 56, 83, 258, 257, 316
 MAP_SHARED, MAP_HUGETLB = 0x1, 0x40000  # MAP_SHARED_VALIDATE has the first bit too
 OWN_PID = 0x5EC0_A11D  # no process id, no flag and no offset of the filter
+SIGCONT = 18
 COMING_S = 1.0  # in which a thread that was allowed is there, or has come and gone
 # Flags of pthread_create; every one of them, and no namespace, parent or trace flag beside them.
 THREAD_FLAGS = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000 | 0x80000 | 0x100000 | 0x200000
@@ -92,7 +93,7 @@ def checked(channel_fd: int) -> dict[int, list[bytes]]:
         46: one_of(0, [channel_fd]),  # sendmsg: a descriptor that nothing can have once the limit on open files holds
         53: one_of(0, [1]) + one_of(1, [1], 0xF) + one_of(2, [0]),  # socketpair AF_UNIX SOCK_STREAM
         55: one_of(1, [1]) + one_of(2, [3, 4, 7, 8, 30, 38, 39]),  # getsockopt: kind, error, sizes; nothing of the other end
-        62: one_of(0, [OWN_PID]),  # kill
+        62: one_of(0, [OWN_PID]) + is_not(1, SIGCONT, 0xFFFFFFFF),  # kill; SIGCONT undoes the stop of a session between its turns
         # fcntl: dup, flags, locks of the process; no owner, signal, lease, nor a lock that outlives the process
         72: one_of(1, [0, 1, 2, 3, 4, 5, 6, 7, 1030, 1032]),
         97: [],  # getrlimit
@@ -101,7 +102,7 @@ def checked(channel_fd: int) -> dict[int, list[bytes]]:
         204: one_of(0, [0, OWN_PID]),  # sched_getaffinity
         # clock_gettime, clock_getres, clock_nanosleep: the negative ones are CPU clocks of any process
         228: at_most(0, 15), 229: at_most(0, 15), 230: at_most(0, 15),
-        234: one_of(0, [OWN_PID]),  # tgkill
+        234: one_of(0, [OWN_PID]) + is_not(2, SIGCONT, 0xFFFFFFFF),  # tgkill
         293: one_of(1, [0], ~0o2004000),  # pipe2 O_CLOEXEC O_NONBLOCK
         302: one_of(0, [0, OWN_PID]) + null(2),  # prlimit64, to read
         436: one_of(2, [0, 4]),  # close_range: a table of descriptors for each thread would be a limit for each
