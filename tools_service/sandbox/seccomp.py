@@ -23,7 +23,7 @@ O_CREAT, O_TRUNC, O_ACCMODE, O_PATH, O_TMPFILE = 0o100, 0o1000, 0o3, 0o10000000,
 MMAP, CLONE, MKDIR, MKDIRAT, OPENAT, RENAMEAT2 = 9, 56, 83, 258, 257, 316
 MAP_SHARED, MAP_HUGETLB = 0x1, 0x40000  # MAP_SHARED_VALIDATE has the first bit too
 OWN_PID = 0x5EC0_A11D  # no process id, no flag and no offset of the filter
-SIGCONT = 18
+SIGCONT, MSG_OOB = 18, 0x1
 COMING_S = 1.0  # in which a thread that was allowed is there, or has come and gone
 # Flags of pthread_create; every one of them, and no namespace, parent or trace flag beside them.
 THREAD_FLAGS = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000 | 0x80000 | 0x100000 | 0x200000
@@ -33,7 +33,7 @@ PLAIN = {
     "read": 0, "write": 1, "close": 3, "fstat": 5, "poll": 7, "lseek": 8, "mprotect": 10, "munmap": 11, "brk": 12,
     "rt_sigaction": 13, "rt_sigprocmask": 14, "rt_sigreturn": 15, "pread64": 17, "pwrite64": 18, "readv": 19, "writev": 20,
     "select": 23, "sched_yield": 24, "mremap": 25, "dup": 32, "dup2": 33, "pause": 34, "nanosleep": 35, "getitimer": 36,
-    "alarm": 37, "setitimer": 38, "getpid": 39, "recvfrom": 45, "shutdown": 48, "getsockname": 51, "getpeername": 52,
+    "alarm": 37, "setitimer": 38, "getpid": 39, "shutdown": 48, "getsockname": 51, "getpeername": 52,
     "exit": 60, "wait4": 61, "fsync": 74, "fdatasync": 75, "ftruncate": 77, "getcwd": 79, "fchdir": 81, "gettimeofday": 96,
     "getrusage": 98, "sysinfo": 99, "times": 100, "getuid": 102, "getgid": 104, "geteuid": 107, "getegid": 108, "getppid": 110,
     "getpgrp": 111, "getgroups": 115, "getresuid": 118, "getresgid": 120, "rt_sigpending": 127, "rt_sigtimedwait": 128,
@@ -88,7 +88,8 @@ def checked(channel_fd: int) -> dict[int, list[bytes]]:
     """System calls that are allowed with some arguments only. OWN_PID stands for the process itself."""
     return {
         16: one_of(1, [0x5401, 0x5421, 0x541B, 0x5413, 0x5450, 0x5451]),  # ioctl TCGETS FIONBIO FIONREAD TIOCGWINSZ FIO(N)CLEX
-        44: null(4),  # sendto, on a connected socket only
+        44: null(4) + is_not(3, MSG_OOB, MSG_OOB),  # sendto, on a connected socket only
+        45: is_not(3, MSG_OOB, MSG_OOB),  # recvfrom
         28: one_of(2, [0, 1, 2, 3, 4, 8, 14, 15, 102, 103]),  # madvise: what allocators say; no merging with others' pages
         46: one_of(0, [channel_fd]),  # sendmsg: a descriptor that nothing can have once the limit on open files holds
         53: one_of(0, [1]) + one_of(1, [1], 0xF) + one_of(2, [0]),  # socketpair AF_UNIX SOCK_STREAM
