@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import textwrap
 
 MAX_ERROR_CHARS = 2000  # of an output that ends in a traceback: its end names the exception
 HEAD_CHARS = 200  # of a line that is cut: the class of an exception stands there
@@ -23,9 +23,16 @@ def code_of(argument: str) -> str:
     lines = text.split("\n")
     lines = lines[next((number for number, line in enumerate(lines) if line.strip()), len(lines)) :]
     if lines and lines[0][0] in " \t":
-        lines = textwrap.dedent("\n".join(lines)).split("\n")
+        lines = dedented(lines)
         lines[0] = lines[0].lstrip()  # the marker may stand before the first line, which then has an indentation of its own
     return "\n".join(lines).rstrip()
+
+
+def dedented(lines: list[str]) -> list[str]:
+    """As textwrap.dedent has them, which compiles the margin as a pattern, however long it is, and which `re` then keeps."""
+    lines = [line if line.strip(" \t") else "" for line in lines]
+    margin = len(os.path.commonprefix([line[: len(line) - len(line.lstrip(" \t"))] for line in lines if line]))
+    return [line[margin:] for line in lines]
 
 
 def until_fence(text: str) -> str:

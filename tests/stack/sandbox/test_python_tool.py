@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import textwrap
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from tools_service.protocol import ToolCall, ToolResult, ToolStatus
 from tools_service.sandbox.limits import MIB
 from tools_service.sandbox.outcome import IsolationUnavailable
 from tools_service.sandbox.session import RESTARTED
-from tools_service.sandbox.text import code_of
+from tools_service.sandbox.text import code_of, dedented
 from tools_service.sandbox.tool import PythonTool, limits_of
 
 ISOLATION = "bubblewrap" if namespaces_work() else "landlock"
@@ -85,6 +86,22 @@ def test_code_is_found_in_time_that_grows_with_the_argument_alone() -> None:
     """Of these, looking again from each line or blank would take hours."""
     assert code_of(" \n" * 2_000_000 + "print(1)") == "print(1)"
     assert code_of("```" + " " * 2_000_000 + "x") == "```" + " " * 2_000_000 + "x"
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.text(st.sampled_from(" \t\r\f\v\xa0\u2028ab\n"), max_size=12), max_size=6).map("\n".join))
+def test_an_indentation_of_the_whole_is_taken_away_as_textwrap_does(text: str) -> None:
+    assert dedented(text.split("\n")) == textwrap.dedent(text).split("\n")
+
+
+def test_a_margin_is_compiled_to_no_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one as long as an argument may be, `re` would keep tens of megabytes for each call."""
+
+    def compile(pattern: str, flags: int) -> None:
+        raise AssertionError(f"compiled: {len(pattern)} characters")
+
+    monkeypatch.setattr("re._compiler.compile", compile)
+    assert code_of(" " * 500_001 + "print(1)") == "print(1)"
 
 
 MARKS = ["```", "```python\n", "\n", " ", "\t", "print(1)", "\r\n", "'''", "\x00", "\ud800", "\u2028"]
