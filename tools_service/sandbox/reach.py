@@ -11,6 +11,7 @@ import ctypes
 import os
 import struct
 import sys
+from collections.abc import Iterable
 
 from tools_service.sandbox import lockdown
 from tools_service.sandbox.limits import Limits
@@ -22,7 +23,9 @@ def parts_of_modules(sites: list[str]) -> list[str]:
     with open("/proc/self/maps") as file:
         used = {line[line.index("/") :].rstrip("\n") for line in file if "/" in line}
     for module in list(sys.modules.values()):
-        used |= {str(path) for path in (getattr(module, "__file__", None), *getattr(module, "__path__", ())) if path}
+        its = getattr(module, "__dict__", {})  # to ask the module itself may load what is not installed
+        paths = its.get("__path__")
+        used |= {path for path in (its.get("__file__"), *(paths if isinstance(paths, Iterable) else ())) if isinstance(path, str)}
     found = set()
     for site in sites:
         tops = {path[len(site) + 1 :].partition("/")[0] for path in used if path.startswith(site + "/")}
