@@ -49,14 +49,14 @@ def site_paths(preload: tuple[str, ...]) -> list[str]:
         if top in sys.stdlib_module_names:
             continue
         spec = importlib.util.find_spec(top)
-        if spec is None or not spec.origin:
+        if spec is None or not (spec.submodule_search_locations or spec.origin):
             raise ValueError(f"sandbox preload={name!r} is not installed here; install it (pip install {top}) or leave it out")
-        depth = 2 if spec.submodule_search_locations else 1
-        path = os.path.realpath(spec.origin)
-        for _ in range(depth):
-            path = os.path.dirname(path)
-        if path not in paths:
-            paths.append(path)
+        # A package without an __init__.py has no file of its own, and may lie in several folders.
+        own = [os.path.dirname(os.path.realpath(spec.origin))] if spec.origin else None
+        for folder in own or map(os.path.realpath, spec.submodule_search_locations):
+            path = os.path.dirname(folder) if spec.submodule_search_locations else folder
+            if path not in paths:
+                paths.append(path)
     return paths
 
 

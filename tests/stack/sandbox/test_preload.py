@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from stack.sandbox.core_helpers import ISOLATIONS, sandbox
 
+from tools_service.sandbox.owner import SandboxStatus
+
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
@@ -43,3 +45,12 @@ async def test_a_module_that_loads_its_parts_when_they_are_asked_for_is_not_aske
     write("lazy_parts.py", LAZY)
     async with sandbox(isolation, preload=("lazy_parts",)) as box:
         assert (await box.run("import lazy_parts\nprint(lazy_parts.__name__)")).output == "lazy_parts\n"
+
+
+@pytest.mark.parametrize("isolation", ISOLATIONS)
+async def test_a_package_without_a_file_of_its_own_can_be_preloaded(isolation: str, write: Callable) -> None:
+    write("spaced_parts/inner.py", "number = 41\n")
+    write("spaced_parts/other.py", "number = 42\n")
+    async with sandbox(isolation, preload=("spaced_parts.inner",)) as box:
+        outcome = await box.run("from spaced_parts import inner, other\nprint(inner.number, other.number)")
+        assert (outcome.status, outcome.output) == (SandboxStatus.OK, "41 42\n")
