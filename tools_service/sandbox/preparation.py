@@ -15,6 +15,10 @@ from tools_service.sandbox import child as child_side
 from tools_service.sandbox import lockdown, tracebacks
 
 
+class CannotPreload(Exception):
+    """A module of the preload set is at fault, not what isolates."""
+
+
 def reserve_channel(number: int) -> socket.socket:
     """Holds the number that a child's way back has. To be called before anything else may get it."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -35,7 +39,11 @@ def load(config: dict) -> None:
     sys.path += config["site_paths"]
     hide_host_name()  # first: modules keep what they were told
     for name in config["preload"]:
-        importlib.import_module(name)
+        try:
+            importlib.import_module(name)
+        except BaseException as error:
+            reason = f"{name}: {type(error).__name__}: {error}"
+            raise CannotPreload(f"{reason}; correct the name, install what it lacks or leave it out") from error
     if "numpy" in sys.modules:
         importlib.import_module("numpy.random")  # numpy loads it at its first use: too late for a seed
     os.environ.clear()
@@ -47,6 +55,16 @@ def load(config: dict) -> None:
     child_side.warm_up()
     child_side.set_limits(config["limits"])
     importlib.invalidate_caches()
+    refuse_what_cannot_be_forked()
+
+
+def refuse_what_cannot_be_forked() -> None:
+    if len(os.listdir("/proc/self/task")) != 1:
+        raise CannotPreload("one of these starts threads, and a process with threads cannot be forked; leave it out")
+    with open("/proc/self/maps") as file:
+        parts = [line.split(maxsplit=5) for line in file]
+    if shared := [part[-1].strip() for part in parts if part[1].startswith("rw-s")]:
+        raise CannotPreload(f"one of these holds memory that would be shared by all snippets ({shared[0]}); leave it out")
 
 
 def hide_host_name() -> None:

@@ -46,11 +46,11 @@ class Zygote:
             self.close()
             raise
         if message[:1] != b"H":
-            reason = message[1:].decode(errors="replace") or self._said() or "the fork server ended at once"
+            reason = " ".join((message[1:].decode(errors="replace") or self._said() or "the fork server ended at once").split())
             self.close()
-            if reason.startswith(("ModuleNotFoundError", "ImportError")):
-                raise ValueError(f"sandbox preload={plan.config['preload']}: {reason}; correct the names or install the modules")
-            raise IsolationUnavailable(" ".join(reason.split()))
+            if reason.startswith("CannotPreload: "):
+                raise ValueError(f"sandbox preload={plan.config['preload']}: {reason.removeprefix('CannotPreload: ')}")
+            raise IsolationUnavailable(reason)
 
     def _spawn(self, plan: Plan) -> None:
         wraps = "--as-pid-1" in plan.command

@@ -283,8 +283,6 @@ def main() -> None:
         reach.hide(config, parts, confinement.landlock)
         if config["scratch"]:
             cleaner.sweep(confinement, config["scratch"])
-        if len(os.listdir("/proc/self/task")) != 1:
-            raise RuntimeError(f"preload={config['preload']} starts threads, and a process with threads cannot be forked")
         server = Server(control, owner_pidfd, channel, config, confinement)
         child_side.open_outputs()
         gc.collect()

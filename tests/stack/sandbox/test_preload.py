@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from stack.sandbox.core_helpers import ISOLATIONS, sandbox
 
-from tools_service.sandbox.owner import SandboxStatus
+from tools_service.sandbox.owner import Sandbox, SandboxStatus
 
 
 @pytest.fixture
@@ -54,3 +54,19 @@ async def test_a_package_without_a_file_of_its_own_can_be_preloaded(isolation: s
     async with sandbox(isolation, preload=("spaced_parts.inner",)) as box:
         outcome = await box.run("from spaced_parts import inner, other\nprint(inner.number, other.number)")
         assert (outcome.status, outcome.output) == (SandboxStatus.OK, "41 42\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("import threading, time\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start()", "threads"),
+        ("import mmap\nroom = mmap.mmap(-1, 4096)", "shared .*/dev/zero"),
+        ("raise RuntimeError('no\\nluck')", "bad_module: RuntimeError: no luck; "),
+        ("import sys\nsys.exit(3)", "bad_module: SystemExit: 3; "),
+        ("import no_such_module", "No module named 'no_such_module'; "),
+    ],
+)
+async def test_a_module_that_cannot_be_preloaded_is_refused_and_nothing_else_is_blamed(text: str, reason: str, write: Callable) -> None:
+    write("bad_module.py", text)
+    with pytest.raises(ValueError, match=rf"^sandbox preload=\('math', 'bad_module'\): [^\n]*{reason}[^\n]*leave it out$"):
+        await Sandbox(preload=("math", "bad_module")).start()
