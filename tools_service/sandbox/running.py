@@ -171,7 +171,8 @@ class Child:
         try:
             await self._loop.sock_sendall(self._job, job)
         except OSError as error:
-            raise NotBegun from error
+            if self._killed_for is None:  # else a limit came first
+                raise NotBegun from error
 
     async def run_once(self, job: bytes, wall_s: float) -> Outcome:
         """Runs the code and ends with the child. Cancelling kills it. Raises NotBegun, or ZygoteDied where it may have begun."""
@@ -218,7 +219,8 @@ class Child:
         return SandboxStatus.CRASHED
 
     async def run_in_session(self, job: bytes, wall_s: float) -> tuple[Outcome, bool]:
-        """Runs the code in a child that lives on, and whether it does. Between runs the child is stopped.
+        """Runs the code in a child that lives on, and whether it does. Between runs the child is stopped. Raises NotBegun and ZygoteDied
+        as `run_once` does.
 
         The child itself says that a run has ended, by one byte; a snippet that sends one of its own ends its own run early and
         gains nothing else: anything that is not one known byte kills the session.
@@ -236,6 +238,9 @@ class Child:
             # The channel breaks when the child dies; what it died of comes a moment later.
             said = answer.result() if answer.done() else b""
             if self.exit.done() or not said:
+                unread = said is None or (not answer.done() and await self._never_read())
+                if unread and self._killed_for is None:
+                    raise NotBegun
                 return self._outcome_of_end(await self.exit), False
             self._stop(True)
             self._drain()
@@ -257,8 +262,8 @@ class Child:
             said = self._job.recv(2)
         except BlockingIOError:
             return
-        except OSError:
-            said = b""
+        except OSError:  # reset: the child ended before it had read the whole code
+            said = None
         self._loop.remove_reader(self._job.fileno())
         if not answer.done():
             answer.set_result(said)

@@ -26,6 +26,8 @@ from tools_service.sandbox.limits import MAX_S, MAX_VALUE, MIB, MIN_OPEN_FILES
 from tools_service.sandbox.owner import Limits, Sandbox, SandboxStatus
 from tools_service.sandbox.plan import LIBRARIES, package_folders
 from tools_service.sandbox.probe import probe
+from tools_service.sandbox.running import Child
+from tools_service.sandbox.session import RESTARTED
 
 ROOT = Path(__file__).resolve().parents[3]
 QUICK = Limits(wall_s=2.0)
@@ -93,11 +95,12 @@ async def test_endless_loop_is_timeout_and_keeps_what_was_printed(isolation: str
 
 def ready_pids(box: Sandbox) -> set[int]:
     """Children that wait for code, as this process sees them."""
-    pids = set()
-    for child in box._supply.ready:
-        with open(f"/proc/self/fdinfo/{child._pidfd}") as file:
-            pids |= {int(line.split()[1]) for line in file if line.startswith("Pid:")}
-    return pids
+    return set(map(pid_of, box._supply.ready))
+
+
+def pid_of(child: Child) -> int:
+    with open(f"/proc/self/fdinfo/{child._pidfd}") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("Pid:"))
 
 
 async def gone_but_ready(box: Sandbox, pids: set[int], within_s: float = 5.0) -> bool:
@@ -458,6 +461,28 @@ async def test_session_that_forges_its_answers_harms_only_itself(isolation: str)
             await bystander.close()
         assert (await box.run("print(1)")).output == "1\n"
         assert box.num_restarts == 0
+
+
+async def test_session_whose_child_died_before_it_had_the_code_runs_it_in_another(isolation: str) -> None:
+    async with sandbox(isolation) as box:
+        session = await box.open_session()
+        await session.run("x = 1")
+        os.kill(pid_of(session._child), signal.SIGTERM)  # it is stopped: it dies when it is to go on
+        outcome = await session.run("print('x' in globals())")
+        assert (outcome.status, outcome.output) == (SandboxStatus.OK, f"{RESTARTED}False\n")
+        outcome = await session.run("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)")
+        assert outcome.status is SandboxStatus.CRASHED
+
+
+async def test_session_that_is_too_busy_to_take_the_next_code_is_timeout(isolation: str) -> None:
+    """It said that its turn had ended, and went on. What cannot even be sent whole is waited for no longer than what can."""
+    async with sandbox(isolation) as box:
+        session = await box.open_session()
+        for length in (0, 250_000):
+            await session.run("import os\nos.write(3, b'\\0')\nwhile True: pass")
+            outcome = await session.run(f"print(1)\n#{'x' * length}", wall_s=0.5)
+            assert (outcome.status, outcome.output) == (SandboxStatus.TIMEOUT, ""), length
+        assert (await session.run("print(1)")).output == f"{RESTARTED}1\n"
 
 
 async def test_malformed_messages_from_inside_a_snippet_reach_nobody(isolation: str) -> None:
