@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -32,10 +33,11 @@ class Session:
         if job is None:
             return refusal(self._sandbox.limits)
         async with self._lock:
+            deadline = time.monotonic() + lowered(wall_s, self._sandbox.limits)
             try:
                 for _ in range(MAX_ATTEMPTS):
                     try:
-                        return await self._run(job, lowered(wall_s, self._sandbox.limits))
+                        return await self._run(job, max(0.0, deadline - time.monotonic()))
                     except NotBegun:  # an earlier run spoilt the child: that is no failure of ours, and the code has not run
                         continue
                 reason = "no child lived until it had the code"
