@@ -58,6 +58,8 @@ def print_exception(kind: type[BaseException], error: BaseException | None, fram
     while todo:
         part = todo.pop()
         part.stack[:] = [fitting(frame) for frame in part.stack if not frame.filename.startswith(foreign)]
+        if getattr(part, "text", "") is None and isinstance(part.filename, str) and (part.lineno or "").isdigit():
+            part.text = linecache.getline(part.filename, int(part.lineno)) or None  # the compiler, unlike the parser, gives none
         if len(getattr(part, "text", None) or "") > MAX_LINE_CHARS:  # the line of a SyntaxError
             part.text, part.offset = shortened(part.text, MAX_LINE_CHARS), None
         todo += [other for other in (part.__cause__, part.__context__, *(part.exceptions or ())) if other is not None]

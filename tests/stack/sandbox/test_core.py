@@ -262,6 +262,20 @@ async def test_traceback_shows_the_snippet_and_nothing_else(isolation: str) -> N
         assert outcome.status is SandboxStatus.ERROR and "SyntaxError" in outcome.output and "child.py" not in outcome.output
 
 
+async def test_an_error_of_the_compiler_shows_its_line(isolation: str) -> None:
+    line = {"x = 1\nreturn x": "return x", "def f(a, a): pass": "def f(a, a): pass", "def f():\n  nonlocal q": "nonlocal q"}
+    async with sandbox(isolation) as box:
+        session = await box.open_session()
+        for code, shown in line.items():
+            for run in (box.run, session.run):
+                outcome = await run(code)
+                assert outcome.status is SandboxStatus.ERROR and f"\n    {shown}\n    " in outcome.output, outcome
+        outcome = await box.run(f"x = '{'y' * 5000}'; return x")
+        assert "'[...]" not in outcome.output and "[...]" in outcome.output and len(outcome.output) < 2300, outcome
+        for odd in ("SyntaxError('m', ([], 1, 1, None))", "SyntaxError('m', ('f', 'x', 1, None))", "SyntaxError('m', ('f', 99, 1, None))"):
+            assert (await box.run(f"raise {odd}")).output.endswith("SyntaxError: m\n"), odd
+
+
 async def test_traceback_shows_the_line_that_raised_whatever_ends_lines_elsewhere(isolation: str) -> None:
     async with sandbox(isolation) as box:
         for other in ("\u2028", "\x0b", "\x0c", "\x85", "\x1c"):
