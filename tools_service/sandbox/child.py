@@ -6,8 +6,10 @@ told by its exit status alone. A session keeps it and answers every run with one
 
 from __future__ import annotations
 
+import _io
 import _thread
 import atexit
+import contextlib
 import io
 import linecache
 import mmap
@@ -163,18 +165,30 @@ def exit_status(error: SystemExit) -> int:
     return EXIT_ERROR
 
 
-def finish(exit_now=os._exit, num_threads=_thread._count, num_handlers=atexit._ncallbacks, flush=flush_outputs):
-    """Ends the process as the interpreter would, but that what is still alive is not finalized: a search for it costs every snippet time.
-    What it needs is bound here: the snippet may have replaced the names."""
-    num_handlers_before = num_handlers()
+def flush_files(names: dict[str, object], kind=_io._IOBase) -> None:
+    """Those that the snippet leaves open, as their finalizers would: what is in them may be meant for the output."""
+    for thing in list(names.values()):
+        if isinstance(thing, kind):
+            with contextlib.suppress(BaseException):  # it is closed, for one
+                thing.flush()
 
-    def end(status: int) -> None:
+
+def finish(exit_now=os._exit, num_threads=_thread._count, num_handlers=atexit._ncallbacks, flush=flush_outputs):
+    """Ends the process as the interpreter would, but that what is still alive, files among the main module's names excepted, is not
+    finalized: a search for it costs every snippet time. What it needs is bound here: the snippet may have replaced the names."""
+    num_handlers_before = num_handlers()
+    shut_logging_down = getattr(sys.modules.get("logging"), "shutdown", None)  # loaded beforehand, it is among those handlers
+
+    def end(status: int, main: types.ModuleType) -> None:
         try:
             sys.settrace(None)
             if num_threads():  # asked first because these calls, with nothing to do, touch a quarter of all that a snippet touches
                 threading._shutdown()
             if num_handlers() > num_handlers_before:
                 atexit._run_exitfuncs()
+            if shut_logging_down is not None:
+                shut_logging_down()
+            flush_files(main.__dict__)
         except BaseException:
             status = status or EXIT_ERROR
         exit_now(status if flush() else status or EXIT_ERROR)
@@ -191,7 +205,8 @@ def serve_once() -> None:
     code, seed = job
     os.close(JOB_FD)
     seed_generators(seed)
-    end(run_code(code, new_main(), FILE_NAME))
+    main = new_main()
+    end(run_code(code, main, FILE_NAME), main)
 
 
 def serve_session() -> None:

@@ -55,6 +55,24 @@ async def test_output_that_a_snippet_wraps_anew_is_printed(isolation: str) -> No
                 assert (outcome.status, outcome.output) == (SandboxStatus.OK, "a False False\né\n"), change
 
 
+@pytest.mark.parametrize("preload", [(), ("logging.handlers",)])
+async def test_what_is_written_at_the_end_of_an_interpreter_is_printed(isolation: str, preload: tuple[str, ...]) -> None:
+    snippets = (
+        "import os\nf = os.fdopen(1, 'w')\nf.write('a')",
+        "f = open(1, 'w', closefd=False)\nf.write('a')",
+        "import io, sys\nf = io.TextIOWrapper(sys.stdout.buffer)\nf.write('a')",
+        "import io, sys\nf = io.BufferedWriter(sys.stdout.buffer)\nf.write(b'a')\ng = open('f', 'w')\ng.close()\n__builtins__ = None",
+        "import logging.handlers as h, logging, sys\nm = h.MemoryHandler(9, target=logging.StreamHandler(sys.stdout))\n"
+        "logging.getLogger().addHandler(m)\nlogging.warning('a')",
+    )
+    async with sandbox(isolation, preload=preload) as box:
+        for code in snippets:
+            outcome = await box.run(code)
+            assert (outcome.status, outcome.output.strip()) == (SandboxStatus.OK, "a"), code
+        odd = "import io\nclass Odd(io.StringIO):\n    def flush(self): raise KeyError\nf = Odd()"
+        assert (await box.run(odd)).status is SandboxStatus.OK
+
+
 async def test_output_that_a_snippet_closes_or_takes_away_ends_nothing(isolation: str) -> None:
     async with sandbox(isolation) as box:
         for last in (

@@ -47,6 +47,12 @@ async def test_a_module_that_loads_its_parts_when_they_are_asked_for_is_not_aske
         assert (await box.run("import lazy_parts\nprint(lazy_parts.__name__)")).output == "lazy_parts\n"
 
 
+async def test_what_a_module_leaves_to_do_at_the_end_is_not_done_at_the_end_of_a_snippet(write: Callable) -> None:
+    write("tidy_module.py", "import atexit\natexit.register(print, 'tidy')")
+    async with sandbox("landlock", preload=("tidy_module", "logging")) as box:
+        assert (await box.run("print(1)")).output == "1\n"
+
+
 @pytest.mark.parametrize("isolation", ISOLATIONS)
 async def test_a_package_without_a_file_of_its_own_can_be_preloaded(isolation: str, write: Callable) -> None:
     write("spaced_parts/inner.py", "number = 41\n")
