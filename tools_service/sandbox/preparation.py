@@ -8,6 +8,7 @@ import importlib
 import os
 import platform
 import resource
+import shutil
 import socket
 import sys
 
@@ -38,6 +39,8 @@ def drop_privileges(uid: int | None) -> None:
 def load(config: dict) -> None:
     sys.path += config["site_paths"]
     hide_host_name()  # first: modules keep what they were told
+    fit_defaults(config["limits"]["max_threads"])
+    sys.argv, sys.orig_argv = [""], [""]
     for name in config["preload"]:
         try:
             importlib.import_module(name)
@@ -75,6 +78,14 @@ def hide_host_name() -> None:
     socket.gethostname = sys.modules["_socket"].gethostname = lambda: hidden.nodename
     platform._uname_cache = None
     platform.uname()
+
+
+def fit_defaults(max_threads: int) -> None:
+    """What would fail within the limits and the filter without having been asked for by name."""
+    num_cores = max(1, min(os.cpu_count() or 1, max_threads - 5))  # a ThreadPoolExecutor has four threads more, beside the main one
+    os.cpu_count = lambda: num_cores
+    # Modes and times cannot be changed: copies have the contents alone.
+    shutil.copymode = shutil.copystat = lambda src, dst, *, follow_symlinks=True: None
 
 
 def mapped_bytes() -> int:

@@ -32,7 +32,7 @@ THREAD_FLAGS = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000 | 0x80000 | 0x1
 PLAIN = {
     "read": 0, "write": 1, "close": 3, "fstat": 5, "poll": 7, "lseek": 8, "mprotect": 10, "munmap": 11, "brk": 12,
     "rt_sigaction": 13, "rt_sigprocmask": 14, "rt_sigreturn": 15, "pread64": 17, "pwrite64": 18, "readv": 19, "writev": 20,
-    "select": 23, "sched_yield": 24, "mremap": 25, "dup": 32, "dup2": 33, "pause": 34, "nanosleep": 35, "getitimer": 36,
+    "select": 23, "sched_yield": 24, "mremap": 25, "msync": 26, "dup": 32, "dup2": 33, "pause": 34, "nanosleep": 35, "getitimer": 36,
     "alarm": 37, "setitimer": 38, "getpid": 39, "shutdown": 48, "getsockname": 51, "getpeername": 52,
     "exit": 60, "wait4": 61, "fsync": 74, "fdatasync": 75, "ftruncate": 77, "getcwd": 79, "fchdir": 81, "gettimeofday": 96,
     "getrusage": 98, "sysinfo": 99, "times": 100, "getuid": 102, "getgid": 104, "geteuid": 107, "getegid": 108, "getppid": 110,

@@ -391,6 +391,44 @@ print(os.listdir('d'))
         assert (await box.run(works)).output == "1.0 1.0 x**2/2 True\n['a']\n"
 
 
+async def test_files_can_be_copied_and_memory_maps_of_them_flushed(isolation: str) -> None:
+    copies = """
+import os, shutil
+os.mkdir('d')
+open('d/a', 'w').write('text')
+shutil.copy('d/a', 'b'), shutil.copy2('d/a', 'c'), shutil.copytree('d', 'e')
+print([open(name).read() for name in ('b', 'c', 'e/a')])
+for change in (lambda: os.chmod('b', 0o777), lambda: os.utime('b', (1, 1))):
+    try: change()
+    except PermissionError: print('refused')
+"""
+    maps = """
+import mmap, numpy
+numpy.memmap('m', 'float32', 'w+', shape=(4,)).flush()
+with open('m', 'r+b') as f, mmap.mmap(f.fileno(), 0) as m:
+    m[:3] = b'abc'
+    m.flush()
+print(open('m', 'rb').read(3))
+"""
+    async with sandbox(isolation, preload=("numpy",)) as box:
+        assert (await box.run(copies)).output == "['text', 'text', 'text']\nrefused\nrefused\n"
+        assert (await box.run(maps)).output == "b'abc'\n"
+
+
+async def test_a_pool_of_threads_of_the_default_size_fits_into_their_limit(isolation: str) -> None:
+    code = (
+        "import time\nfrom concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor() as pool:\n"
+        "    print(sum(pool.map(lambda n: time.sleep(0.02) or n, range(40))))"
+    )
+    async with sandbox(isolation, Limits(max_threads=6)) as box:
+        assert (await box.run(code)).output == "780\n"
+
+
+async def test_nothing_is_told_of_how_the_fork_server_was_executed(isolation: str) -> None:
+    async with sandbox(isolation) as box:
+        assert (await box.run("import sys\nprint(sys.argv, sys.orig_argv)")).output == "[''] ['']\n"
+
+
 async def test_the_machines_name_is_hidden_and_asking_for_it_is_no_error(isolation: str) -> None:
     code = "import os, platform, socket\nprint(socket.gethostname(), socket.getfqdn(), platform.node(), os.uname().nodename)"
     async with sandbox(isolation) as box:
