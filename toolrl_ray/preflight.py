@@ -12,12 +12,11 @@ from toolrl_ray.episode.codec import HFCodec
 from toolrl_ray.errors import ConfigError, MissingDependency
 from toolrl_ray.pretrained import check_weights, load_config
 from toolrl_ray.types import Task
-from tools_service.runner import ToolInfo
+from tools_service.runner import ToolInfo, is_search
 
 STACK = frozenset(
     {"torch", "transformers", "tokenizers", "safetensors", "ray", "vllm", "deepspeed", "numpy", "psutil", "httpx", "fastapi", "mcp", "peft"}
 )
-SEARCH = "Wiki"
 NUM_PROMPTS = 4  # of each split and source, that are looked at
 
 
@@ -78,18 +77,19 @@ def check_devices(config: RunConfig, *, learner: bool) -> None:
 
 
 def check_index(config: RunConfig, *, in_process: bool) -> None:
-    """The folder of the search tool's index is one. On a cluster that is up (RAY_ADDRESS), its nodes have it; a name without a folder,
+    """The folder of each search tool's index is one. On a cluster that is up (RAY_ADDRESS), its nodes have it; a name without a folder,
     `generated` among them, is looked up when the tool starts."""
     from tools_service.search.corpus import SearchError
     from tools_service.search.searcher import local_folder
 
     tools = config.tools
-    if tools.app is not None or SEARCH not in tools.names or SEARCH in tools.custom or (os.environ.get("RAY_ADDRESS") and not in_process):
+    if tools.app is not None or (os.environ.get("RAY_ADDRESS") and not in_process):
         return
-    try:
-        local_folder(str(tools.options[SEARCH]["index"]))
-    except SearchError as error:
-        raise ConfigError(f"tools.options.{SEARCH}.index: {error}") from None
+    for name in (name for name in tools.names if is_search(name, tools.custom.get(name))):
+        try:
+            local_folder(str(tools.options[name]["index"]))
+        except SearchError as error:
+            raise ConfigError(f"tools.options.{name}.index: {error}") from None
 
 
 def check_context(config: RunConfig) -> None:

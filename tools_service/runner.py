@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from tools_service.adapters import valid_text
-from tools_service.loading import LoadingError
+from tools_service.adapters import MCP_PREFIX, valid_text
+from tools_service.loading import LoadingError, load_name
 from tools_service.protocol import AsyncTool, Tool, ToolError, ToolResult, ToolStatus
 
 logger = logging.getLogger(__name__)
@@ -139,14 +139,16 @@ def _python(**options: Any) -> AsyncTool:
     return PythonTool(**options)
 
 
-def _wiki_options(**options: Any) -> Any:
-    from tools_service.search.options import WikiOptions
+def is_search(name: str, spec: str | None) -> bool:
+    """Whether the tool is a WikiTool. One takes memory and seconds to make, and its JVM takes down the process that starts Ray after it.
+    spec: of a tool of one's own. Raises LoadingError."""
+    if spec is None:
+        return name == "Wiki"
+    if spec.startswith(MCP_PREFIX):
+        return False
+    from tools_service.search.tool import WikiTool
 
-    return WikiOptions(**options)
-
-
-# Of the built-in tools that take memory and seconds to make: what takes their options, and has their name, in their place.
-LARGE: dict[str, Callable[..., Any]] = {"Wiki": _wiki_options}
+    return load_name(spec) is WikiTool
 
 
 def builtin_tools() -> dict[str, Callable[..., Tool | AsyncTool]]:
@@ -157,7 +159,7 @@ def builtin_tools() -> dict[str, Callable[..., Tool | AsyncTool]]:
 def tool_factories(
     names: list[str], custom: Mapping[str, str], options: Mapping[str, Mapping[str, Any]], prefix: str = ""
 ) -> dict[str, Factory]:
-    """What makes each tool of a service, in the order of `names`. Every tool is made once (of those of LARGE the options are), so that
+    """What makes each tool of a service, in the order of `names`. Every tool is made once (of a search tool the options are), so that
     mistakes show here and not in a replica. Raises ValueError with one line. prefix: of the keys that it names, where they stand in a
     section."""
     known = [*builtin_tools(), *custom]
@@ -169,10 +171,12 @@ def tool_factories(
 
 
 def _factory(name: str, spec: str | None, options: dict[str, Any], prefix: str) -> Factory:
+    from tools_service.search.options import WikiOptions
+
     factory = partial(_load, name, spec, options) if spec is not None else partial(builtin_tools()[name], **options)
     where = f"{prefix}custom: {name}={spec!r} is not a tool" if spec is not None else f"{prefix}options.{name}={options}"
     try:
-        own_name = LARGE[name](**options).name if spec is None and name in LARGE else tool_info(factory()).name
+        own_name = WikiOptions(**options).name if is_search(name, spec) else tool_info(factory()).name
     except (LoadingError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
     if own_name != name:

@@ -97,6 +97,12 @@ def test_an_index_that_is_elsewhere_or_has_only_a_name_is_left_to_the_tool(monke
         check_index("/no/where", in_process=True)
 
 
+def test_the_index_of_a_search_tool_of_ones_own_name_is_looked_at_too() -> None:
+    tools = ["tools.names=[Papers]", "tools.custom.Papers=tools_service.search.tool:WikiTool"]
+    with pytest.raises(ConfigError, match="^tools.options.Papers.index: no folder '/no/where'"):
+        check(*tools, "tools.options.Papers={name: Papers, index: /no/where}")
+
+
 def test_a_folder_without_a_tokenizer_is_one_line(model: Path) -> None:
     for path in model.glob("tokenizer*"):
         path.unlink()

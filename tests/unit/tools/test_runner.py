@@ -235,3 +235,26 @@ def test_the_service_imports_nothing_of_the_training_side():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_search_tool_of_any_name_is_checked_without_a_jvm(tmp_path):
+    """A JVM that a process starts before Ray takes it down later."""
+    (tmp_path / "segments_1").touch()  # for all that is looked at without Java, an index
+    code = (
+        "import sys\n"
+        "from tools_service.runner import tool_factories\n"
+        "spec, index = 'tools_service.search.tool:WikiTool', sys.argv[1]\n"
+        "for options in ({}, {'k': 0}, {'name': 'Other'}):\n"
+        "    try: tool_factories(['Papers'], {'Papers': spec}, {'Papers': {'index': index, 'name': 'Papers'} | options})\n"
+        "    except ValueError as error: print(error)\n"
+        "    else: print('fine')\n"
+        "sys.exit('libjvm' in open('/proc/self/maps').read())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    where = "custom: Papers='tools_service.search.tool:WikiTool' is not a tool: "
+    assert done.stdout.splitlines() == [
+        "fine",
+        f"{where}tool Papers: k=0 must be a whole number from 1 to 100",
+        f"{where}it calls itself 'Other'; use one name",
+    ]
