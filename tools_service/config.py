@@ -150,6 +150,13 @@ class ServiceConfig(ToolSet):
     app: str = Field("tools", min_length=1)
     http: HttpConfig | None = None
 
+    @field_validator("app")
+    @classmethod
+    def _fit(cls, value: str) -> str:
+        if (why := _unfit_for_ray(value)) is not None:
+            raise ValueError(f"{why}; choose another name")
+        return value
+
 
 def _kinds(annotation: Any) -> Iterator[Any]:
     """The types that an annotation is made of, the values of a Literal among them by their types."""
@@ -176,12 +183,18 @@ def _unfit(name: str) -> str | None:
     """Why no tool can be called so."""
     if name == GATEWAY:
         return "that is the service's HTTP face"
-    if "#" in name:
-        return "Ray Serve has a use of its own for #"
     if "/" in name:
         return "names stand in addresses, where / parts them"
     if not name or name != name.strip() or "<" in name or ">" in name:
         return "the policy has to write it as <NAME>"
+    return _unfit_for_ray(name)
+
+
+def _unfit_for_ray(name: str) -> str | None:
+    if "#" in name:
+        return "Ray Serve has a use of its own for #"
+    if not name.isascii():
+        return "Ray's metrics, which name it, take ASCII alone"
     return None
 
 

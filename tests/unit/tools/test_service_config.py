@@ -33,6 +33,10 @@ def test_a_service_is_read_from_its_file(tmp_path):
         ({"names": ["A", "A"]}, "F: names=['A', 'A'] holds a name twice"),
         ({"names": ["a#b"]}, "F: names=['a#b'] holds 'a#b', but Ray Serve has a use of its own for #; give the tool another name"),
         ({"names": ["a/b"]}, "F: names=['a/b'] holds 'a/b', but names stand in addresses, where / parts them; give the tool another name"),
+        ({"names": ["größe"]}, "F: names=['größe'] holds 'größe', but Ray's metrics, which name it, take ASCII alone; give"),
+        ({"app": "größe"}, "F: app='größe': Ray's metrics, which name it, take ASCII alone; choose another name"),
+        ({"app": "a#b"}, "F: app='a#b': Ray Serve has a use of its own for #; choose another name"),
+        ({"app": ""}, "F: app='': String should have at least 1 character"),
         *(
             ({"names": [name]}, f"F: names=[{name!r}] holds {name!r}, but the policy has to write it as <NAME>; give the tool another name")
             for name in ("", " A", "A\n", "<A>")
