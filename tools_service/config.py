@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -23,6 +23,8 @@ from tools_service.runner import GATEWAY
 from tools_service.strict_yaml import read_yaml
 
 LEADING_ZERO = re.compile(r"[-+]?0[0-9_]+")
+# What Ray does not take under `resources`, and what to do instead.
+RAYS_OWN = {"CPU": "set num_cpus", "memory": "set memory_bytes", "GPU": "leave it out", "object_store_memory": "leave it out"}
 
 
 class ServiceConfigError(ValueError):
@@ -60,7 +62,7 @@ class PoolConfig(Section):
     max_replicas: int | None = Field(None, ge=1)  # default: min_replicas
     num_cpus: float = Field(0.1, gt=0)  # per replica, as are the next three
     memory_bytes: int | None = Field(None, ge=1)
-    resources: dict[str, float] = {}
+    resources: dict[str, Annotated[float, Field(gt=0)]] = {}  # of one's own naming
     max_in_flight: int = Field(64, ge=1)
     max_queued: int = Field(4096, ge=1)
     target_in_flight: float | None = Field(None, gt=0)
@@ -69,6 +71,14 @@ class PoolConfig(Section):
     health_period_s: float = Field(10, gt=0)
     health_timeout_s: float = Field(30, gt=0)
     drain_s: float = Field(30, ge=0)
+
+    @field_validator("resources")
+    @classmethod
+    def _own(cls, value: dict[str, float]) -> dict[str, float]:
+        for key, remedy in RAYS_OWN.items():
+            if key in value:
+                raise ValueError(f"{key} is Ray's own; {remedy}")
+        return value
 
     @property
     def most_replicas(self) -> int:

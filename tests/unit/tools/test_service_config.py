@@ -50,6 +50,11 @@ def test_a_service_is_read_from_its_file(tmp_path):
             "F: pools.A: target_in_flight=9 contradicts max_in_flight=8",
         ),
         ({"names": ["A"], "pools": {"A": {"num_cpus": 0}}}, "F: pools.A.num_cpus=0: Input should be greater than 0"),
+        *(
+            ({"pools": {CALCULATOR: {"resources": {key: 1}}}}, f"F: pools.{CALCULATOR}.resources: {key} is Ray's own; {remedy}")
+            for key, remedy in (("CPU", "set num_cpus"), ("memory", "set memory_bytes"), ("GPU", "leave it out"))
+        ),
+        ({"names": ["A"], "pools": {"A": {"resources": {"chip": 0}}}}, "F: pools.A.resources.chip=0: Input should be greater than 0"),
         ({"names": ["A"], "pools": {"A": {"resources": {"chip": True}}}}, "F: pools.A.resources: true is no number"),
         ({"names": ["A"], "http": {"port": True}}, "F: http.port=True: true is no number; YAML reads yes and on as true, no and off as"),
         ({"names": ["A"], "http": {"port": 70000}}, "F: http.port=70000: Input should be less than or equal to 65535"),
