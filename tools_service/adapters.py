@@ -13,6 +13,7 @@ import json
 import typing
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from tools_service.loading import LoadingError, load_name
@@ -204,13 +205,16 @@ def _function_tool(name: str, spec: str, function: Callable[..., Any]) -> Callab
     description = " ".join((inspect.getdoc(function) or "").partition("\n\n")[0].split())
     if not description:
         raise wrong("the function has no docstring; its first paragraph tells the model what the tool does")
-    try:
-        hints = typing.get_type_hints(function, include_extras=True)
-    except (NameError, TypeError) as error:
+    signature = inspect.signature(function)
+    notes = {name: one.annotation for name, one in signature.parameters.items() if one.annotation is not one.empty}
+    try:  # of the parameters alone: what stands behind the arrow may be anything
+        space = getattr(inspect.unwrap(function), "__globals__", {})
+        hints = typing.get_type_hints(SimpleNamespace(__annotations__=notes), space, include_extras=True)
+    except Exception as error:  # a hint is an expression, and can raise anything
         raise wrong(f"its type hints cannot be read: {error}") from None
     fields: dict[str, Any] = {}
     defaults: dict[str, Any] = {}
-    for parameter in inspect.signature(function).parameters.values():
+    for parameter in signature.parameters.values():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             bare = parameter.replace(annotation=parameter.empty, default=parameter.empty)  # with its stars
             raise wrong(f"parameter {str(bare)!r} cannot be given by name; use plain named parameters")

@@ -112,6 +112,18 @@ def unknown_type(thing: Nowhere) -> str:
     """Takes what is not there."""
     return ""
 
+def noted(text: "a text") -> str:
+    """Has a note where a type should be."""
+    return text
+
+def misspelled(text: functools.Nowhere) -> str:
+    """Names a type that is not there."""
+    return text
+
+def returns_a_note(text: str) -> "the text, louder":
+    """Says what it returns in words."""
+    return text.upper()
+
 def square(n: int) -> int:
     """Squares."""
     return n * n
@@ -274,6 +286,7 @@ def test_types_become_a_schema_with_their_bounds_and_choices(own):
         ("square", "[5]", BAD_ARGUMENTS, "argument n: Input should be a valid integer"),
         ("total", "[1, 2]", OK, "3"),
         ("optional", '"y"', OK, "y"),
+        ("returns_a_note", "a", OK, "A"),
         ("patient", "a", OK, '{"waited": "a"}'),
         ("fails", "own", TOOL_ERROR, "no such thing"),
         ("fails", "exit", TOOL_ERROR, "the tool failed with SystemExit"),
@@ -315,6 +328,8 @@ def test_a_function_states_the_rest_in_its_attributes(own):
         ("many", "parameter '*texts' cannot be given by name"),
         ("strange", "a parameter's type has no JSON form: "),
         ("unknown_type", "its type hints cannot be read: name 'Nowhere' is not defined"),
+        ("noted", "its type hints cannot be read: Forward reference must be an expression -- got 'a text'"),
+        ("misspelled", "its type hints cannot be read: module 'functools' has no attribute 'Nowhere'"),
         ("Incomplete", "Incomplete lacks description, idempotent; a tool has name, description, idempotent, __call__"),
         ("NotCallable", "NotCallable lacks __call__"),
         ("STATE", "list lacks name, description, idempotent"),
