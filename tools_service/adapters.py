@@ -197,6 +197,7 @@ def output_text(output: Any) -> str:
 
 def _function_tool(name: str, spec: str, function: Callable[..., Any]) -> CallableTool:
     from pydantic import TypeAdapter, with_config
+    from pydantic.fields import FieldInfo
     from typing_extensions import TypedDict  # pydantic refuses typing's before 3.12
 
     def wrong(what: str) -> LoadingError:
@@ -220,10 +221,13 @@ def _function_tool(name: str, spec: str, function: Callable[..., Any]) -> Callab
             raise wrong(f"parameter {str(bare)!r} cannot be given by name; use plain named parameters")
         if parameter.name not in hints:
             raise wrong(f"parameter {parameter.name!r} has no type; write one, for example {parameter.name}: str")
-        fields[parameter.name] = hints[parameter.name]
-        if parameter.default is not parameter.empty:
-            fields[parameter.name] = typing.NotRequired[hints[parameter.name]]
-            defaults[parameter.name] = parameter.default
+        hint, default = hints[parameter.name], parameter.default
+        is_optional = default is not parameter.empty
+        if isinstance(default, FieldInfo):  # tells pydantic all, its own default too
+            hint, is_optional = typing.Annotated[hint, default], not default.is_required()
+        elif is_optional:
+            defaults[parameter.name] = default
+        fields[parameter.name] = typing.NotRequired[hint] if is_optional else hint
     try:
         # A TypedDict takes parameters of any name, a model does not.
         adapter = TypeAdapter(with_config({"extra": "forbid"})(TypedDict("Arguments", fields)))

@@ -124,6 +124,13 @@ def returns_a_note(text: str) -> "the text, louder":
     """Says what it returns in words."""
     return text.upper()
 
+def described(
+    name: str = Field(description="whose"), count: int = Field(3, ge=1, le=9, description="many"), tags: list = Field(default_factory=list)
+) -> list:
+    """Has its defaults in pydantic's words."""
+    tags.append(name)
+    return tags * count
+
 def square(n: int) -> int:
     """Squares."""
     return n * n
@@ -243,6 +250,9 @@ def test_types_become_a_schema_with_their_bounds_and_choices(own):
     assert properties["number"] == {"type": "number"}
     assert properties["kind"] == {"type": "string", "enum": ["a", "b"], "default": "a"}
     assert properties["size"] == {"type": "integer", "minimum": 1, "maximum": 3, "description": "of it", "default": 2}
+    described = own("described").parameters
+    assert described["properties"]["name"] == {"type": "string", "description": "whose"} and described["required"] == ["name"]
+    assert described["properties"]["count"] == {"type": "integer", "minimum": 1, "maximum": 9, "description": "many", "default": 3}
     assert properties["names"]["anyOf"] == [{"type": "array", "items": {"type": "string"}}, {"type": "null"}]
 
 
@@ -287,6 +297,10 @@ def test_types_become_a_schema_with_their_bounds_and_choices(own):
         ("total", "[1, 2]", OK, "3"),
         ("optional", '"y"', OK, "y"),
         ("returns_a_note", "a", OK, "A"),
+        ("described", '{"name": "a"}', OK, '["a", "a", "a"]'),
+        ("described", '{"name": "b", "count": 1}', OK, '["b"]'),
+        ("described", '{"name": "a", "count": 0}', BAD_ARGUMENTS, "argument count: Input should be greater than or equal to 1"),
+        ("described", "{}", BAD_ARGUMENTS, "argument name: Field required"),
         ("patient", "a", OK, '{"waited": "a"}'),
         ("fails", "own", TOOL_ERROR, "no such thing"),
         ("fails", "exit", TOOL_ERROR, "the tool failed with SystemExit"),
