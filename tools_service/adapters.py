@@ -10,10 +10,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
-import typing
 from collections.abc import Callable, Mapping
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 from tools_service.loading import LoadingError, load_name
@@ -124,7 +122,9 @@ def adapt(name: str, spec: str, thing: Any, options: Mapping[str, Any]) -> Tool 
     if not inspect.isclass(thing) and options:
         raise LoadingError(f"tool {name}={spec!r} takes no options (only a class does), but has {', '.join(options)}")
     if inspect.isfunction(thing) or inspect.ismethod(thing):
-        return _function_tool(name, spec, thing)
+        from tools_service.functions import function_tool
+
+        return function_tool(name, spec, thing)
     tool = _made(name, spec, thing, options) if inspect.isclass(thing) else thing
     if isinstance(getattr(tool, "inputs", None), Mapping):
         return _transformers_tool(name, spec, tool)
@@ -186,61 +186,16 @@ def awaited(output: Any, loop: asyncio.AbstractEventLoop | None) -> Any:
 
 
 def output_text(output: Any) -> str:
-    """Text as it is, JSON for what JSON spells otherwise than python, str() for the rest, and for what JSON cannot say."""
+    """Text as it is, JSON for what JSON spells otherwise than python, str() for the rest, and for what JSON cannot say. Raises ToolError
+    for a generator, whose str() says nothing."""
+    if inspect.isgenerator(output) or inspect.isasyncgen(output):
+        raise ToolError(f"the tool returned {type(output).__name__} instead of text")
     if isinstance(output, dict | list | tuple | bool | None):
         try:
             return json.dumps(output, ensure_ascii=False, default=str)
         except (TypeError, ValueError):  # keys that are no text, a list that holds itself
             return str(output)
     return str(output)
-
-
-def _function_tool(name: str, spec: str, function: Callable[..., Any]) -> CallableTool:
-    from pydantic import TypeAdapter, with_config
-    from pydantic.fields import FieldInfo
-    from typing_extensions import TypedDict  # pydantic refuses typing's before 3.12
-
-    def wrong(what: str) -> LoadingError:
-        return LoadingError(f"tool {name}={spec!r}: {' '.join(what.split())}")
-
-    description = " ".join((inspect.getdoc(function) or "").partition("\n\n")[0].split())
-    if not description:
-        raise wrong("the function has no docstring; its first paragraph tells the model what the tool does")
-    signature = inspect.signature(function)
-    notes = {name: one.annotation for name, one in signature.parameters.items() if one.annotation is not one.empty}
-    try:  # of the parameters alone: what stands behind the arrow may be anything
-        space = getattr(inspect.unwrap(function), "__globals__", {})
-        hints = typing.get_type_hints(SimpleNamespace(__annotations__=notes), space, include_extras=True)
-    except Exception as error:  # a hint is an expression, and can raise anything
-        raise wrong(f"its type hints cannot be read: {error}") from None
-    fields: dict[str, Any] = {}
-    defaults: dict[str, Any] = {}
-    for parameter in signature.parameters.values():
-        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            bare = parameter.replace(annotation=parameter.empty, default=parameter.empty)  # with its stars
-            raise wrong(f"parameter {str(bare)!r} cannot be given by name; use plain named parameters")
-        if parameter.name not in hints:
-            raise wrong(f"parameter {parameter.name!r} has no type; write one, for example {parameter.name}: str")
-        hint, default = hints[parameter.name], parameter.default
-        is_optional = default is not parameter.empty
-        if isinstance(default, FieldInfo):  # tells pydantic all, its own default too
-            hint, is_optional = typing.Annotated[hint, default], not default.is_required()
-        elif is_optional:
-            defaults[parameter.name] = default
-        fields[parameter.name] = typing.NotRequired[hint] if is_optional else hint
-    try:
-        # A TypedDict takes parameters of any name, a model does not.
-        adapter = TypeAdapter(with_config({"extra": "forbid"})(TypedDict("Arguments", fields)))
-        parameters = adapter.json_schema()
-    except Exception as error:  # pydantic has one class for each of its reasons
-        raise wrong(f"a parameter's type has no JSON form: {error}") from None
-    for key, schema in parameters.setdefault("properties", {}).items():
-        schema.pop("title", None)
-        if isinstance(defaults.get(key), str | int | float | bool):
-            schema["default"] = defaults[key]
-    parameters = {key: value for key, value in parameters.items() if key != "title"}
-    kind = AsyncCallableTool if inspect.iscoroutinefunction(function) else CallableTool
-    return _with_statements(kind(name, description, function, parameters, adapter.validate_python), function)
 
 
 def _transformers_tool(name: str, spec: str, tool: Any) -> CallableTool:
@@ -269,10 +224,11 @@ def _transformers_tool(name: str, spec: str, tool: Any) -> CallableTool:
         check_arguments(parameters, arguments)
         return arguments
 
-    return _with_statements(CallableTool(name, description, function, parameters, check), tool)
+    return with_statements(CallableTool(name, description, function, parameters, check), tool)
 
 
-def _with_statements(tool: CallableTool, source: Any) -> CallableTool:
+def with_statements(tool: CallableTool, source: Any) -> CallableTool:
+    """The tool, with what `source` states of itself."""
     for attribute in STATEMENTS:
         if hasattr(source, attribute):
             setattr(tool, attribute, getattr(source, attribute))

@@ -131,6 +131,18 @@ def described(
     tags.append(name)
     return tags * count
 
+def yields(text: str):
+    """Yields what it should return."""
+    yield text
+
+async def yields_later(text: str):
+    """Yields what it should return."""
+    yield text
+
+def passes_on(text: str):
+    """Returns what yields."""
+    return yields(text)
+
 def square(n: int) -> int:
     """Squares."""
     return n * n
@@ -297,6 +309,7 @@ def test_types_become_a_schema_with_their_bounds_and_choices(own):
         ("total", "[1, 2]", OK, "3"),
         ("optional", '"y"', OK, "y"),
         ("returns_a_note", "a", OK, "A"),
+        ("passes_on", "a", TOOL_ERROR, "the tool returned generator instead of text"),
         ("described", '{"name": "a"}', OK, '["a", "a", "a"]'),
         ("described", '{"name": "b", "count": 1}', OK, '["b"]'),
         ("described", '{"name": "a", "count": 0}', BAD_ARGUMENTS, "argument count: Input should be greater than or equal to 1"),
@@ -342,6 +355,8 @@ def test_a_function_states_the_rest_in_its_attributes(own):
         ("many", "parameter '*texts' cannot be given by name"),
         ("strange", "a parameter's type has no JSON form: "),
         ("unknown_type", "its type hints cannot be read: name 'Nowhere' is not defined"),
+        ("yields", "the function yields; return the whole answer"),
+        ("yields_later", "the function yields; return the whole answer"),
         ("noted", "its type hints cannot be read: Forward reference must be an expression -- got 'a text'"),
         ("misspelled", "its type hints cannot be read: module 'functools' has no attribute 'Nowhere'"),
         ("Incomplete", "Incomplete lacks description, idempotent; a tool has name, description, idempotent, __call__"),
