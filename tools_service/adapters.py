@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -63,7 +64,7 @@ def arguments_of(parameters: Mapping[str, Any], text: str) -> dict[str, Any]:
     if (name := text_parameter(parameters)) is not None:
         return {name: text}
     try:
-        arguments = json.loads(text, parse_constant=_no_constant) if text.strip() else {}
+        arguments = json.loads(text, parse_constant=_finite, parse_float=_finite) if text.strip() else {}
     except (ValueError, RecursionError) as error:
         names = ", ".join(parameters.get("properties") or {})
         raise _bad(f"the call is not a JSON object with {names or 'no keys'} ({type(error).__name__}: {error})") from None
@@ -121,7 +122,8 @@ def adapt(name: str, spec: str, thing: Any, options: Mapping[str, Any]) -> Tool 
     """The same of a Thing that is at hand. spec: what the messages call it."""
     if not inspect.isclass(thing) and options:
         raise LoadingError(f"tool {name}={spec!r} takes no options (only a class does), but has {', '.join(options)}")
-    if inspect.isfunction(thing) or inspect.ismethod(thing):
+    cached = inspect.isfunction(inspect.unwrap(thing)) and not hasattr(thing, "description")  # by functools, or the like
+    if inspect.isfunction(thing) or inspect.ismethod(thing) or cached:
         from tools_service.functions import function_tool
 
         return function_tool(name, spec, thing)
@@ -244,8 +246,10 @@ def _made(name: str, spec: str, thing: Callable[..., Any], options: Mapping[str,
         raise LoadingError(f"tool {name}={spec!r} cannot be made{given}: {type(error).__name__}: {message}") from error
 
 
-def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is not JSON")
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is not finite")
+    return value
 
 
 def _bad(message: str) -> ToolError:

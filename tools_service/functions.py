@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import typing
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -58,6 +59,10 @@ def function_tool(name: str, spec: str, function: Callable[..., Any]) -> Callabl
         schema.pop("title", None)
         if isinstance(defaults.get(key), str | int | float | bool):
             schema["default"] = defaults[key]
+        try:
+            json.dumps(schema, allow_nan=False)
+        except ValueError:  # an infinite default, or one of thousands of digits
+            schema.pop("default", None)
     parameters = {key: value for key, value in parameters.items() if key != "title"}
     kind = AsyncCallableTool if inspect.iscoroutinefunction(function) else CallableTool
     return with_statements(kind(name, description, function, parameters, adapter.validate_python), function)

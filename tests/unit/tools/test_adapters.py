@@ -22,6 +22,7 @@ MODULE = '''
 from __future__ import annotations
 
 import asyncio
+import enum
 import functools
 from dataclasses import dataclass
 from typing import Annotated, Literal, Optional
@@ -143,8 +144,26 @@ def passes_on(text: str):
     """Returns what yields."""
     return yields(text)
 
+class Level(enum.StrEnum):
+    low, high = "low", "high"
+
+def patience(
+    s: float = float("inf"), t: float = Field(float("inf"), ge=0), n: int = 10**5000, half: float = 0.5, level: Level = Level.low
+) -> str:
+    """Has defaults that JSON has no word for."""
+    return f"{s} {t} {n > 1} {half} {level}"
+
 def square(n: int) -> int:
     """Squares."""
+    return n * n
+
+def half(n: float) -> float:
+    """Halves."""
+    return n / 2
+
+@functools.cache
+def kept(n: int) -> int:
+    """Squares, and remembers it."""
     return n * n
 
 def total(numbers: list[int]) -> int:
@@ -268,6 +287,14 @@ def test_types_become_a_schema_with_their_bounds_and_choices(own):
     assert properties["names"]["anyOf"] == [{"type": "array", "items": {"type": "string"}}, {"type": "null"}]
 
 
+def test_a_default_that_json_cannot_say_stays_out_of_the_schema(own):
+    parameters = own("patience").parameters
+    defaults = {name: schema["default"] for name, schema in parameters["properties"].items() if "default" in schema}
+    assert json.loads(json.dumps(parameters, allow_nan=False)) == parameters
+    assert defaults == {"half": 0.5, "level": "low"}
+    assert run(own("patience"), "") == (OK, "inf inf True 0.5 low")
+
+
 @pytest.mark.parametrize(
     ("name", "argument", "status", "text"),
     [
@@ -283,7 +310,7 @@ def test_types_become_a_schema_with_their_bounds_and_choices(own):
         ("weekday", "[]", BAD_ARGUMENTS, "the call is a JSON list, not an object"),
         ("weekday", "Monday?", BAD_ARGUMENTS, "the call is not a JSON object with year, month, day (JSONDecodeError: "),
         ("weekday", "[" * 100_000, BAD_ARGUMENTS, "the call is not a JSON object with year, month, day (RecursionError: "),
-        ("weekday", '{"year": NaN}', BAD_ARGUMENTS, "the call is not a JSON object with year, month, day (ValueError: NaN is not JSON)"),
+        ("weekday", '{"year": NaN}', BAD_ARGUMENTS, "the call is not a JSON object with year, month, day (ValueError: NaN is not finite)"),
         ("weekday", '{"year": 2024, "month": 13}', TOOL_ERROR, "the tool failed with ValueError"),
         ("everything", '{"number": 1}', OK, '{"number": 1.0, "flag": false, "kind": "a", "names": null, "size": 2, "schema": null}'),
         ("everything", '{"number": 1, "size": 4}', BAD_ARGUMENTS, "argument size: Input should be less than or equal to 3"),
@@ -305,6 +332,10 @@ def test_types_become_a_schema_with_their_bounds_and_choices(own):
         ("square", '{"n": 5}', OK, "25"),
         ("square", " 5", OK, "25"),  # the only parameter: its value alone will do
         ("square", "five", BAD_ARGUMENTS, "the call is not a JSON object with n"),
+        ("half", "1e400", BAD_ARGUMENTS, "the call is not a JSON object with n (ValueError: 1e400 is not finite)"),
+        ("half", '{"n": -1e999}', BAD_ARGUMENTS, "the call is not a JSON object with n (ValueError: -1e999 is not finite)"),
+        ("half", "1e-400", OK, "0.0"),
+        ("kept", "7", OK, "49"),
         ("square", "[5]", BAD_ARGUMENTS, "argument n: Input should be a valid integer"),
         ("total", "[1, 2]", OK, "3"),
         ("optional", '"y"', OK, "y"),
