@@ -11,6 +11,7 @@ from collections import Counter
 MAX_QUERY_CHARS = 1_000  # Lucene refuses a query of more than 1,024 terms; a term takes two characters at least
 MAX_TITLE_CHARS = 200  # a longer first line of `contents` is no title
 CONCISE_SENTENCES = 3
+LAST_WORD_CHARS = 50  # of a sentence, in which an initial or an abbreviation is looked for, with the quotes and full stops around it
 
 _STOP_WORDS = frozenset(
     "a an and are as at be been but by did do does for from had has have he her his how i if in into is it its of on or s she such "
@@ -106,7 +107,7 @@ def sentences(text: str) -> list[str]:
         for end in _SENTENCE_END.finditer(line):
             if end.group(1).islower():
                 continue
-            before = line[start : end.start()].rstrip()
+            before = line[max(start, end.start() - LAST_WORD_CHARS) : end.start()].rstrip()
             last = before.split()[-1].rstrip(".").lstrip("(\"'“‘[").lower() if before else ""
             if before.endswith(".") and ((len(last) == 1 and last.isalpha()) or last in _ABBREVIATIONS):
                 continue

@@ -104,6 +104,12 @@ def test_concise_prefers_the_rarer_word() -> None:
     assert text.concise(passage, "emperor of Rome", 1) == "Its emperor was Nero."
 
 
+@pytest.mark.timeout(60)  # looking back over the whole line at each initial takes hours
+def test_a_list_of_a_hundred_thousand_initials_is_one_sentence_like_a_short_one() -> None:
+    authors = "Smith, J. R. and Jones, K. " * 100_000
+    assert text.sentences(f"Read {authors}End. Foo bar.") == [f"Read {authors}End.", "Foo bar."]
+
+
 @given(st.text(max_size=300), st.text(max_size=50))
 def test_concise_only_leaves_sentences_out(passage: str, query: str) -> None:
     kept, given_sentences = text.concise(passage, query, 2), text.sentences(passage)
