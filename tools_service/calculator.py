@@ -11,8 +11,9 @@
 (50% = 0.5, 20%*50 = 10, 50%-3 = -2.5). `//` rounds towards minus infinity. Numbers are `5`, `5.`, `.5` and `1,234.5` (commas
 in groups of three); × · ÷ − – ^ are read as * * / - - **. There is no implicit multiplication and no exponent notation.
 
-Intermediate values are fractions, so that 10/3*3 is 10 and 0.1+0.2 is 0.3. Only a power with a non-integer exponent is
-approximate (40 significant digits). The result is rounded once, half to even, at the end: see `write`.
+Intermediate values are fractions, so that 10/3*3 is 10 and 0.1+0.2 is 0.3. Only a power with a non-integer exponent, or one of a
+non-integer whose exact value is too long (1.005**360), is approximate (40 significant digits). The result is rounded once, half
+to even, at the end: see `write`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ MIN_DECIMALS = 2  # kept however large the integer part is
 MAX_DECIMALS = 40
 
 _MAX = 10**MAX_DIGITS
-_ROOT_DIGITS = 60  # with which a root is computed that is written with 40
+_ROUNDED_DIGITS = 60  # with which a power is computed that is written with 40
 _SPELLINGS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-"})
 _TOKEN = re.compile(
     r"[ \t\r\n]*(?:"
@@ -116,8 +117,12 @@ def _tokens(expression: str) -> list[str]:
             return tokens
 
 
+def _fits(value: Fraction) -> bool:
+    return abs(value.numerator) < _MAX and value.denominator < _MAX
+
+
 def _bounded(value: Fraction) -> Fraction:
-    if abs(value.numerator) >= _MAX or value.denominator >= _MAX:
+    if not _fits(value):
         raise ToolError("number too large")
     return value
 
@@ -145,23 +150,29 @@ def _power(base: Fraction, exponent: Fraction) -> Fraction:
     if abs(base) == 1 and exponent.denominator == 1:
         return base if exponent.numerator % 2 else Fraction(1)
     if exponent.denominator != 1:
-        return _root(base, exponent)
-    # 2**(bits-1) <= |n|, so this refuses only what is out of bounds and never computes a huge power to find out.
+        if base < 0:
+            raise ToolError("non-integer power of a negative number")
+        return _rounded_power(base, exponent)
+    # 2**(bits-1) <= |n|, so this passes over only what is out of bounds and never computes a huge power to find out.
     bits = max(abs(base.numerator).bit_length(), base.denominator.bit_length()) - 1
-    if bits * abs(exponent.numerator) > _MAX.bit_length():
+    if bits * abs(exponent.numerator) <= _MAX.bit_length():
+        power = base**exponent.numerator
+        if _fits(power) or base.denominator == 1:
+            return power
+    elif base.denominator == 1:
         raise ToolError("exponent too large")
-    return base**exponent.numerator
+    power = _rounded_power(abs(base), exponent)
+    return -power if base < 0 and exponent.numerator % 2 else power
 
 
-def _root(base: Fraction, exponent: Fraction) -> Fraction:
-    """base**exponent for a non-integer exponent, to 40 significant digits: exact where the answer is that short."""
-    if base < 0:
-        raise ToolError("non-integer power of a negative number")
+def _rounded_power(base: Fraction, exponent: Fraction) -> Fraction:
+    """base**exponent of a base above 0, to 40 significant digits: exact where the answer is that short."""
     # Of a base as near to 1 as 1e-60 the logarithm has its first digit in the sixtieth place: those before it come on top.
     near = max(0, len(str(base.denominator)) - len(str(abs(base.numerator - base.denominator))) + 1)
-    context = decimal.Context(_ROOT_DIGITS + near, Emax=9999, Emin=-9999, traps=[decimal.Overflow, decimal.InvalidOperation])
+    context = decimal.Context(_ROUNDED_DIGITS + near, Emax=9999, Emin=-9999, traps=[decimal.Overflow, decimal.InvalidOperation])
     try:
-        result = context.power(_decimal(base, context), _decimal(exponent, context))
+        # Not context.power, which squares its way through an exponent of hundreds of digits.
+        result = context.exp(context.multiply(_decimal(exponent, context), context.ln(_decimal(base, context))))
     except decimal.DecimalException:
         raise ToolError("exponent too large") from None
     result = result.normalize(decimal.Context(prec=40, Emax=9999, Emin=-9999, traps=[]))

@@ -70,6 +70,13 @@ from tools_service.protocol import ToolError, ToolStatus
         ("1.01/10**31", "0." + "0" * 30 + "101"),
         ("10**20", "100000000000000000000"),
         ("10**300/10**300", "1"),
+        ("1.005**360", "6.022575212"),
+        ("1000*(1+.06/12)**(12*30)", "6022.575212"),
+        ("(1+0.045/365)**365", "1.046024958"),
+        ("(-1.01)**201", "-7.38917803"),
+        ("(-1.01)**202", "7.463069811"),
+        ("1.01**-200", "0.1366863805"),
+        ("1.0000001**9999999", "2.718281421"),
     ],
 )
 def test_results_are_written_as_a_person_writes_them(expression, result):
@@ -86,6 +93,9 @@ def test_results_are_written_as_a_person_writes_them(expression, result):
         ("(-8)**(1/3)", "non-integer power of a negative number"),
         ("9**9**9**9", "exponent too large"),
         ("2**2000", "exponent too large"),
+        ("1.5**9999", "exponent too large"),
+        ("0.5**9999", "exponent too large"),
+        ("1.5**" + "9" * 400, "exponent too large"),
         ("99999**99999.5", "exponent too large"),
         ("9" * 401, "number too large"),
         ("10**300*10**300", "number too large"),
@@ -146,10 +156,25 @@ def test_a_root_has_forty_digits_however_near_to_one_its_base_is(digits):
     assert len(result) >= 39 and abs(Decimal(result) - true) <= Decimal("0.006")
 
 
+@given(st.decimals("0.5", "1.5", places=4).filter(lambda base: base != 1), st.integers(-400, 400))
+def test_a_power_of_a_decimal_agrees_with_the_exact_one(base, exponent):
+    with localcontext() as context:
+        context.prec = 2000
+        true = base**exponent
+    try:
+        result = Decimal(calculate(f"{base}**({exponent})"))
+    except ToolError as error:
+        assert error.message in ("result too large", "result too small") and not Decimal("1e-30") < true < Decimal("1e39")
+    else:
+        assert abs(result - true) <= true * Decimal("1e-9")
+
+
 @pytest.mark.parametrize(
     "expression",
     [
         "9**9**9**9",
+        "*".join(["1.000001**" + "9" * 6] * 60),
+        "+".join(["(1+10**-398)**(10**398)"] * 40),
         "(" * 10_000,
         "1" * 10_240,
         "1e999999",
