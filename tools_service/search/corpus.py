@@ -10,6 +10,8 @@ from pathlib import Path
 from tools_service.search.text import split_title, without_title
 
 MAX_ID_BYTES = 32_766  # Lucene's limit on a term
+MAX_CHARS = 20_000_000  # as Java counts them, in UTF-16: of a text in JSON, for Anserini's reader
+JAVAS_BLANKS = "".join(map(chr, range(33)))  # Anserini leaves out a passage that has nothing else
 
 
 class SearchError(ValueError):
@@ -26,10 +28,14 @@ class Passage:
     title: str
     text: str
 
+    @property
+    def contents(self) -> str:
+        """What is searched."""
+        return f"{self.title}\n{self.text}" if self.title else self.text
+
     def raw(self) -> str:
-        """The stored form: Pyserini's JSON, title and text in `contents` (what is searched), and the title once more by itself."""
-        contents = f"{self.title}\n{self.text}" if self.title else self.text
-        return json.dumps({"id": self.docid, "title": self.title, "contents": contents}, ensure_ascii=False)
+        """The stored form: Pyserini's JSON, title and text in `contents`, and the title once more by itself."""
+        return json.dumps({"id": self.docid, "title": self.title, "contents": self.contents}, ensure_ascii=False)
 
 
 def read_corpus(corpus: Path) -> Iterator[Passage]:
@@ -49,10 +55,12 @@ def _passages(corpus: Path) -> Iterator[Passage]:
             end += len(data)
             if data.strip():
                 try:
-                    docid, title, text = _fields(data)
+                    passage = Passage(line, end, *_fields(data))
+                    if (size := len(passage.contents.encode("utf-16-le")) // 2) > MAX_CHARS:
+                        raise SearchError(f"title and text have {size:,} characters; Anserini reads {MAX_CHARS:,} at most: split it")
                 except SearchError as error:
                     raise SearchError(f"{corpus}, line {line}: {error}") from None
-                yield Passage(line, end, docid, title, text)
+                yield passage
 
 
 def _fields(data: bytes) -> tuple[str, str, str]:
@@ -86,7 +94,7 @@ def _text(row: dict, key: str, may_be_empty: bool = False) -> str:
     if not isinstance(value, str):
         raise SearchError(f"{key} is {value!r:.80}, not text; write it in quotes")
     value = value.strip()
-    if not value and not may_be_empty:
+    if not value.strip(JAVAS_BLANKS) and not may_be_empty:
         raise SearchError(f"{key} is empty; fill it in or drop the line")
     try:
         value.encode()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tools_service.search import java, text
+from tools_service.search import corpus, java, text
 from tools_service.search.corpus import SearchError, read_corpus
 
 
@@ -176,6 +176,7 @@ def test_a_title_is_one_line_and_a_passage_does_not_repeat_it(tmp_path: Path, ro
         (json.dumps({"id": "é" * 20_000, "text": "x"}), "id is 40,000 bytes long; Lucene takes 32,766 at most"),
         ('{"id": "a"}', "neither text nor contents"),
         ('{"id": "a", "text": ""}', "text is empty"),
+        ('{"id": "a", "text": "\\u0000\\u0001 "}', "text is empty"),  # to Java, which would skip it
         ('{"id": "a", "text": ["x"]}', "text is ['x'], not text"),
         ('{"id": "a", "text": "x", "contents": "y"}', "text and contents differ"),
         ('{"id": "a", "title": 3, "text": "x"}', "title is 3"),
@@ -191,6 +192,15 @@ def test_a_bad_line_is_named_with_its_file_and_number(tmp_path: Path, line: str 
     assert str(raised.value).startswith(f"{path}, line 2: ")
     assert complaint in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_passage_that_anserini_could_not_read_is_refused_by_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "MAX_CHARS", 1_000)
+    longest = {"id": "a", "text": "x" * 996 + "😀", "title": "T"}  # a line break between them
+    assert len(list(read_corpus(corpus_of(tmp_path, json.dumps(longest))))) == 1
+    for more in ({"title": "TT"}, {"text": "x" * 995 + "😀😀"}):
+        with pytest.raises(SearchError, match="line 1: title and text have 1,00[12] characters; Anserini reads 1,000 at most: split"):
+            list(read_corpus(corpus_of(tmp_path, json.dumps(longest | more))))
 
 
 def test_a_missing_corpus_is_refused(tmp_path: Path) -> None:
