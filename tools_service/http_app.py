@@ -197,6 +197,7 @@ def _add_information(app: FastAPI, infos: Mapping[str, ToolInfo]) -> None:
         functions = [{"name": info.name, "description": info.description, "parameters": info.parameters} for info in infos.values()]
         return [{"type": "function", "function": function} for function in functions]
 
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", response_model=Health)
     async def health() -> Any:
         return {"status": "ok", "tools": list(infos)}

@@ -153,6 +153,7 @@ def test_the_list_of_tools_can_be_pasted_into_a_function_calling_client(client):
 
 def test_health_names_the_tools(client):
     assert client.get("/healthz").json() == {"status": "ok", "tools": NAMES}
+    assert client.head("/healthz").status_code == 200  # as load balancers ask
 
 
 @pytest.mark.parametrize(
