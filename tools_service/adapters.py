@@ -2,7 +2,7 @@
 server, and turns a call's JSON arguments into its one text and back.
 
 The convention: a tool whose only parameter is a required string gets that string as it is. Every other tool gets the text of a JSON
-object; where it has one parameter alone, that one's JSON value will do.
+object; where it has one parameter alone, that one's JSON value will do, unless that is an object itself.
 """
 
 from __future__ import annotations
