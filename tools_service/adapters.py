@@ -11,6 +11,7 @@ import asyncio
 import inspect
 import json
 import math
+import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -180,11 +181,21 @@ def awaited(output: Any, loop: asyncio.AbstractEventLoop | None) -> Any:
     `async def`, a decorated one). All calls share the loop, as what they hold between them, a client or a lock, is of one loop."""
     if not inspect.isawaitable(output):
         return output
+    thread = threading.current_thread()
 
     async def wait() -> Any:
+        thread.task = asyncio.current_task()  # for the Executor, which cancels it when nobody waits for the call any more
         return await output
 
-    return asyncio.run(wait()) if loop is None else asyncio.run_coroutine_threadsafe(wait(), loop).result()
+    if loop is None:
+        return asyncio.run(wait())
+    future = asyncio.run_coroutine_threadsafe(wait(), loop)
+    try:
+        return future.result()
+    except Exception:
+        if future.cancelled():
+            raise ToolError("the call was cancelled") from None
+        raise
 
 
 def output_text(output: Any) -> str:

@@ -2,8 +2,9 @@
 replica and `--in-process` share.
 
 A thread cannot be killed. A call that runs past its deadline is answered TIMEOUT and its thread left to finish by itself, and so is that
-of a call whose caller has gone. The task of an AsyncTool is cancelled, at its deadline and when its caller has gone. `check` reports a
-tool that has too many threads or tasks which run past their deadline and do not end, so that whoever supervises the process can replace it.
+of a call whose caller has gone. What such a thread awaits in the loop is cancelled, and so is the task of an AsyncTool, at its deadline
+and when its caller has gone. `check` reports a tool that has too many threads or tasks which run past their deadline and do not end, so
+that whoever supervises the process can replace it.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ class Executor:
     async def _run_in_thread(self, calls: list[ToolCall]) -> list[ToolResult | None]:
         start = time.monotonic()
         job = _Job(self._tool, calls, self._note)
-        threading.Thread(target=job.run, name=f"tool-{self.info.name}", daemon=True).start()
+        thread = threading.Thread(target=job.run, name=f"tool-{self.info.name}", daemon=True)
+        thread.start()
         deadline_s = max(call.deadline_s for call in calls)
         alone = len(calls) == 1
         try:
@@ -100,6 +102,8 @@ class Executor:
             job.stop = True  # also when the caller has gone: calls that have not begun never begin
             if not job.finished:
                 self._left.append((start, start + deadline_s, lambda: job.finished))
+                if (task := getattr(thread, "task", None)) is not None:  # see adapters.awaited
+                    task.cancel()
         results: list[ToolResult | None] = list(job.results)
         unfinished = timed_out(deadline_s) if alone else None
         return results + [unfinished] * (len(calls) - len(results))
