@@ -46,7 +46,7 @@ class CheckpointStore:
         _sync(self._run_dir)
         self._put_back()
         for left in self._folder.glob(".step-*"):
-            _remove(left)
+            remove(left)
         partial = self._partial(step)
         partial.mkdir()
         return partial
@@ -62,7 +62,7 @@ class CheckpointStore:
             os.replace(final, replaced := self._folder / f".{final.name}.replaced")
             os.replace(partial, final)
             _sync(self._folder)
-            _remove(replaced)
+            remove(replaced)
         else:
             os.replace(partial, final)
             _sync(self._folder)
@@ -112,7 +112,7 @@ class CheckpointStore:
         for step in steps:
             if step not in kept:
                 os.replace(self._final(step), removed := self._folder / f".step-{step:06d}.removed")  # at once, whatever happens then
-                _remove(removed)
+                remove(removed)
 
 
 def _seal(folder: Path, step: int, score: float | None) -> None:
@@ -200,7 +200,7 @@ def _files(folder: Path) -> dict[str, Path]:
     return {name: path for path in paths if (name := path.relative_to(folder).as_posix()) != MANIFEST}
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """As far as it goes: on NFS a file that is still open somewhere stays, which must not end a run. `begin` tries again."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)

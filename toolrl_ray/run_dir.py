@@ -21,7 +21,7 @@ from typing import IO, Any
 import msgspec
 import psutil
 
-from toolrl_ray.checkpoint import committed_steps
+from toolrl_ray.checkpoint import committed_steps, remove
 from toolrl_ray.config import RunConfig
 from toolrl_ray.errors import ConfigError, UserError
 from toolrl_ray.recipe import differences, dump, load
@@ -40,7 +40,6 @@ MAY_DIFFER = re.compile(  # in a resumed run: where and how fast it runs, how lo
     r"|(checkpoint|tracking)\.\w+"
     r"|train\.(num_steps|max_learner_restarts)"
 )
-
 NO_CHECKPOINT = "the run has no checkpoint to go on from, and starting again there would lose its results; start a new run"
 
 _held: dict[Path, IO[str]] = {}  # the locks of this process, which end with it at the latest
@@ -111,10 +110,8 @@ def reopen(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def has_checkpoint(config: RunConfig, step: int) -> bool:
     """Of a step that a run finishes: those that are evaluated have one too, so that the best of them can stay."""
-    if not (every := config.checkpoint.every_steps):
-        return False
-    evaluated = config.eval.every_steps
-    return step % every == 0 or step == config.train.num_steps or bool(evaluated and step % evaluated == 0)
+    every, evaluated = config.checkpoint.every_steps, config.eval.every_steps
+    return bool(every) and (step == config.train.num_steps or any(n and step % n == 0 for n in (every, evaluated)))
 
 
 def lost_without_checkpoint(run_dir: Path, config: RunConfig) -> str:
@@ -169,8 +166,10 @@ def truncate_to(run_dir: Path, step: int) -> None:
     """
     ends = {path: _end_of(path, step) for name in ("metrics.jsonl", "trajectories.jsonl") if (path := run_dir / name).exists()}
     found = _evaluations(run_dir)
-    for left in run_dir.glob("*.writing"):
-        left.unlink()
+    if (replaced := run_dir / ".policy.replaced").exists() and not (run_dir / "policy").exists():
+        replaced.rename(run_dir / "policy")  # as learner/export.py had it until then
+    for left in (*run_dir.glob("*.writing"), replaced):
+        remove(left)
     for path, end in ends.items():
         _cut(path, end)
     kept = {label: result for label, result in found.items() if result["step"] <= step and label != "after"}

@@ -80,6 +80,21 @@ def test_a_lost_learner_is_started_anew_and_the_run_goes_on_from_its_checkpoint(
     assert "learner rank 0 died in update; starting the learner again (1 of 3)" in said
 
 
+def test_a_learner_that_is_lost_while_it_writes_the_policy_is_started_anew_too(tmp_path: Path, whole) -> None:
+    scripted = ScriptedParts({"save_policy": [LearnerLost("learner rank 0 died in save_policy")]})
+    note = scripted.note
+
+    def begun(call: str) -> None:
+        if call == "save_policy":
+            (tmp_path / "run" / ".policy.writing").mkdir(exist_ok=True)  # as learner/export.py has it
+        note(call)
+
+    scripted.note = begun
+    run(tmp_path / "run", scripted)
+    assert (outcome(tmp_path / "run"), scripted.weights) == whole
+    assert scripted.calls.count("restart") == 1
+
+
 def test_a_learner_that_is_lost_again_and_again_ends_the_run(tmp_path: Path) -> None:
     scripted = ScriptedParts({"sync 1": LearnerLost("learner rank 0 died in update")})
     with pytest.raises(LearnerLost):

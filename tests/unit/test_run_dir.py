@@ -387,6 +387,20 @@ def test_what_came_after_a_step_is_forgotten_everywhere_and_writing_goes_on_behi
     assert not list(tmp_path.glob("*.writing"))
 
 
+@pytest.mark.parametrize(("policy", "kept"), [(None, "old"), ("new", "new")])
+def test_of_a_policy_that_was_being_written_nothing_stays_and_of_the_one_that_it_replaces_one_that_is_whole(
+    tmp_path: Path, policy: str | None, kept: str
+) -> None:
+    for name, content in ((".policy.writing", "half"), (".policy.replaced", "old"), ("policy", policy)):
+        if content:
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "model.safetensors").write_text(content)
+    for _ in range(2):
+        truncate_to(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
+    assert (tmp_path / "policy" / "model.safetensors").read_text() == kept
+
+
 def test_a_run_without_files_yet_has_nothing_to_forget(tmp_path: Path) -> None:
     truncate_to(tmp_path, 0)
     assert list(tmp_path.iterdir()) == []
