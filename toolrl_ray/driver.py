@@ -46,7 +46,7 @@ from typing import Any
 
 from toolrl_ray import origin
 from toolrl_ray import run_dir as files
-from toolrl_ray.checkpoint import CheckpointStore, committed_steps
+from toolrl_ray.checkpoint import CheckpointStore, committed_steps, remove
 from toolrl_ray.collector import Collector, evaluate, in_thread
 from toolrl_ray.config import RunConfig
 from toolrl_ray.errors import LearnerLost, UserError
@@ -275,10 +275,10 @@ class Run:
     def _record_evaluation(self, label: str, step: int, result: dict[str, float], trajectories: list[Trajectory]) -> None:
         """In eval.json, the transcripts' file and W&B, as of `step`."""
         self._evals[label] = {"step": step, **result}
+        remove(self._dir / "eval" / label)  # of an attempt that was given up: the writer appends
         with closing(TrajectoryWriter(self._dir / "eval" / label)) as writer:
             writer.write(step, trajectories)
         files.write_whole(self._dir / "eval.json", json.dumps(self._evals, indent=1) + "\n")
-        assert self._tracker is not None
         self._tracker.log(step, {f"eval/{key}": value for key, value in result.items()})
         self._say(
             f"eval {label}: accuracy {result['accuracy']:.3f} ({result['accuracy_low']:.3f} to {result['accuracy_high']:.3f}), "

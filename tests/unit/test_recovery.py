@@ -311,6 +311,8 @@ def test_a_run_that_begins_again_evaluates_again_before_it(tmp_path: Path) -> No
     run(tmp_path / "run", scripted, resume=True)
     assert scripted.calls.count("collect eval-before") == 1  # a learner that is lost changes neither
     assert json.loads((tmp_path / "run" / "eval.json").read_text())["before"]["accuracy"] == 0
+    transcripts = load_trajectories(tmp_path / "run" / "eval" / "before" / "trajectories.jsonl")
+    assert [(step, t.reward) for step, t in transcripts] == [(0, 0.5)] * 4
 
 
 OTHER_POLICY = "the files of policy.path are not those that the run began with"
