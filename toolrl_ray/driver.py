@@ -183,7 +183,6 @@ class Run:
             parts.learner.save_policy(str(self._dir / "policy"), self._policy_dir)  # an evaluation that fails costs no training
             collector.finish_loading()
             self._evaluate(parts, heldout, "after", stream.num_handed)
-            self._store.rescore(stream.num_handed, self._evals["after"]["accuracy"])
 
     def _due(self, step: int, heldout: list[Task]) -> list[EpisodeRequest]:
         """The episodes of the evaluation after this step; [] where none is scheduled."""
@@ -270,6 +269,7 @@ class Run:
     def _evaluate(self, parts: Parts, heldout: list[Task], label: str, step: int) -> None:
         num_samples = self._config.eval.num_samples or 0
         result, trajectories = evaluate(self._config, parts.rollout, heldout, label, num_samples=num_samples)
+        self._store.rescore(step, result["accuracy"])  # first: with `after` in eval.json the run is finished
         self._record_evaluation(label, step, result, trajectories)
 
     def _record_evaluation(self, label: str, step: int, result: dict[str, float], trajectories: list[Trajectory]) -> None:

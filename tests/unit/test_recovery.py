@@ -16,6 +16,7 @@ from toolrl_ray import checkpoint, driver, origin, recipe
 from toolrl_ray.checkpoint import committed_steps
 from toolrl_ray.driver import Run
 from toolrl_ray.errors import LearnerLost, RolloutError, UserError
+from toolrl_ray.run_dir import finished, write_whole
 from toolrl_ray.stream.buffer import Stream
 from toolrl_ray.tracking.metrics import load_metrics
 from toolrl_ray.tracking.summary import render
@@ -144,6 +145,24 @@ def test_each_checkpoint_has_the_score_of_the_evaluation_at_its_step_the_last_on
     scores = {path.parent.name: json.loads(path.read_text())["score"] for path in run_dir.glob("checkpoints/*/manifest.json")}
     accuracy = {e["step"]: e["accuracy"] for e in json.loads((run_dir / "eval.json").read_text()).values()}
     assert scores == {f"step-{step:06d}": accuracy[step] for step in (4, 5)}
+
+
+def test_a_run_that_was_killed_once_it_was_finished_has_the_score_of_its_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not gone on with to have it then."""
+    run_dir = tmp_path / "run"
+
+    def killed(path: Path, text: str) -> None:
+        write_whole(path, text)
+        if '"after"' in text:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(driver.files, "write_whole", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(run_dir, ScriptedParts())
+    assert finished(run_dir)
+    assert json.loads((run_dir / "checkpoints" / "step-000005" / "manifest.json").read_text())["score"] == 1
 
 
 def test_the_best_by_evaluation_stays_though_no_checkpoint_was_due_at_its_step(tmp_path: Path) -> None:
