@@ -238,6 +238,8 @@ class Stream:
             "next": self._next,
             "again": sorted([*self._again, *self._groups]),
             "dropped": {str(number): reason for number, reason in self._dropped.items()},
+            "num_filtered": self._num_filtered,
+            "dropped_since": list(self._dropped_since),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -253,8 +255,8 @@ class Stream:
         self._groups, self._begun = {}, {}
         self._in_flight, self._buffered = Counter(), Counter()
         self._dropped = {int(number): DropReason(reason) for number, reason in state["dropped"].items()}
-        self._num_filtered = 0
-        self._dropped_since = []
+        self._num_filtered = state.get("num_filtered", 0)  # states of earlier versions lack both
+        self._dropped_since = [(reward, num_tokens) for reward, num_tokens in state.get("dropped_since", [])]
 
 
 def staleness_steps(trajectory: Trajectory, update: int) -> int:

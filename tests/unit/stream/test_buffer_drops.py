@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 
@@ -106,3 +107,26 @@ def test_with_drops_no_prompt_is_trained_twice_or_forgotten_and_the_bound_holds(
     dropped = set(map(int, simulation.stream.state_dict()["dropped"]))
     assert not dropped & set(simulation.trained)
     assert set(range(max(simulation.trained) + 1)) <= dropped | set(simulation.trained) | set(simulation.stream.state_dict()["again"])
+
+
+def test_what_was_dropped_since_the_last_batch_counts_after_a_resume_too() -> None:
+    def stream() -> Stream:
+        config = StreamConfig(filter_zero_signal=True, max_filtered=1)
+        return Stream(config, TaskStream(TASKS, 0), groups_per_batch=2, group_size=2, num_batches=2)
+
+    def finish(one: Stream, number: int, *rewards: float) -> None:
+        requests = [EpisodeRequest(f"{number}:{member}", str(number), TASKS[number]) for member in range(2)]
+        one.add(finished(request, 0, 0, reward) for request, reward in zip(requests, rewards, strict=True))
+
+    whole, resumed = stream(), stream()
+    whole.admit()
+    finish(whole, 0, 1.0, 1.0)  # until the next batch no other may be replaced
+    resumed.load_state_dict(json.loads(json.dumps(whole.state_dict())))
+    for one in (whole, resumed):
+        one.admit()
+        finish(one, 1, 0.0, 0.0)
+        finish(one, 2, 0.0, 1.0)
+        assert [t.request.group_id for t in one.next_batch() or []] == ["1", "1", "2", "2"]
+        assert one.dropped_episodes == [(1.0, 2), (1.0, 2)]
+    older = {key: value for key, value in whole.state_dict().items() if key not in ("num_filtered", "dropped_since")}
+    stream().load_state_dict(older)  # of a checkpoint of an earlier version
