@@ -44,9 +44,7 @@ class CheckpointStore:
         """An empty folder for the checkpoint of `step`; whatever a killed run left half-done is removed."""
         self._folder.mkdir(parents=True, exist_ok=True)
         _sync(self._run_dir)
-        self._put_back()
-        for left in self._folder.glob(".step-*"):
-            remove(left)
+        self._clear()
         partial = self._partial(step)
         partial.mkdir()
         return partial
@@ -80,6 +78,11 @@ class CheckpointStore:
         os.replace(aside, final / MANIFEST)
         _sync(final)
 
+    def clear(self, step: int) -> None:
+        """For a run that ends at this step: removes what a kill in its last `commit` left, and the former best where another one is now."""
+        self._clear()
+        self._prune(step)
+
     def newest(self) -> tuple[int, Path] | None:
         """The newest whole checkpoint, every byte of it compared with its manifest; None when there is none."""
         self._put_back()
@@ -103,6 +106,11 @@ class CheckpointStore:
             final = self._folder / replaced.name.removeprefix(".").removesuffix(".replaced")
             if not os.path.lexists(final):
                 os.replace(replaced, final)
+
+    def _clear(self) -> None:
+        self._put_back()
+        for left in self._folder.glob(".step-*"):
+            remove(left)
 
     def _prune(self, committed: int) -> None:
         steps = committed_steps(self._run_dir)
@@ -201,7 +209,8 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def remove(path: Path) -> None:
-    """As far as it goes: on NFS a file that is still open somewhere stays, which must not end a run. `begin` tries again."""
+    """A file or folder, as far as it goes: on NFS a file that is still open somewhere stays, which must not end a run. The next `begin`,
+    `clear` or resume tries again."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -270,6 +270,7 @@ class Run:
         num_samples = self._config.eval.num_samples or 0
         result, trajectories = evaluate(self._config, parts.rollout, heldout, label, num_samples=num_samples)
         self._store.rescore(step, result["accuracy"])  # first: with `after` in eval.json the run is finished
+        self._store.clear(step)
         self._record_evaluation(label, step, result, trajectories)
 
     def _record_evaluation(self, label: str, step: int, result: dict[str, float], trajectories: list[Trajectory]) -> None:

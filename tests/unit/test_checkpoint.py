@@ -198,6 +198,20 @@ def test_a_run_that_went_back_forgets_what_came_later_once_it_has_a_new_one(tmp_
     assert committed_steps(tmp_path) == [15]
 
 
+def test_what_a_kill_left_goes_without_another_commit_too(tmp_path: Path) -> None:
+    for step, score in enumerate([0.9, 0.1, 0.2, 0.3], start=1):
+        write(CheckpointStore(tmp_path, 9), step, score)
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "step-000004", folder / ".step-000004.partial")
+    (folder / "step-000002").rename(folder / ".step-000002.removed")
+    (folder / "step-000004").rename(folder / ".step-000004.replaced")
+    for _ in range(2):
+        CheckpointStore(tmp_path, 1).clear(4)
+        assert sorted(os.listdir(folder)) == ["step-000001", "step-000004"]
+    CheckpointStore(tmp_path / "none", 1).clear(4)
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_step_that_is_done_again_replaces_the_checkpoint_of_that_step(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, 2)
     write(store, 4, 0.5)

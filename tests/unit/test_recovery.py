@@ -165,6 +165,22 @@ def test_a_run_that_was_killed_once_it_was_finished_has_the_score_of_its_last_ch
     assert json.loads((run_dir / "checkpoints" / "step-000005" / "manifest.json").read_text())["score"] == 1
 
 
+def test_nothing_of_a_checkpoint_that_was_being_removed_at_the_last_commit_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, settings = tmp_path / "run" / "checkpoints", ["eval.every_steps=0", "checkpoint.keep_last=1"]
+
+    def killed(path: Path) -> None:
+        if (folder / "step-000005").exists():
+            raise KeyboardInterrupt
+        remove(path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        remove = checkpoint.remove
+        patch.setattr(checkpoint, "remove", killed)
+        run(tmp_path / "run", ScriptedParts(), *settings)
+    assert "going on after step 5" in run(tmp_path / "run", ScriptedParts(), *settings, resume=True)
+    assert os.listdir(folder) == ["step-000005"]
+
+
 def test_the_best_by_evaluation_stays_though_no_checkpoint_was_due_at_its_step(tmp_path: Path) -> None:
     scripted = ScriptedParts()
     scripted.reward = lambda request: float(request.episode_id.startswith("eval-step-3"))
@@ -173,6 +189,8 @@ def test_the_best_by_evaluation_stays_though_no_checkpoint_was_due_at_its_step(t
     assert committed_steps(tmp_path / "run") == [3, 7]
     run(tmp_path / "none", ScriptedParts(), *settings, "checkpoint.every_steps=0")
     assert committed_steps(tmp_path / "none") == []
+    run(tmp_path / "last", ScriptedParts(), "checkpoint.keep_last=1")
+    assert committed_steps(tmp_path / "last") == [5]  # the best, too, which no commit could know
 
 
 def test_a_run_goes_on_for_longer_than_was_planned_at_first(tmp_path: Path, whole) -> None:
