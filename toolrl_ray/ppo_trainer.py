@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from toolrl_ray.learner.model import PolicyWithValue, leave_nothing_to_chance
 from toolrl_ray.learner.targets import Targets
 from toolrl_ray.learner.update import Learner
 from toolrl_ray.ppo_statistics import row_statistics, update_statistics
+from toolrl_ray.pretrained import share_weights
 from toolrl_ray.types import NO_VERSION, EpisodeRequest, StopReason, Task, Trajectory
 
 KL_PENALTIES = {"kl": "k1", "mse": "k2"}
@@ -168,6 +170,7 @@ class PPOTrainer:
     def save_pretrained(self, directory: str) -> None:
         """The model and, where there is one, its tokenizer as a Hugging Face folder."""
         self._lm.save_pretrained(directory)
+        share_weights(Path(directory))
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(directory)
 

@@ -103,6 +103,12 @@ def _weight_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
 
 
+def share_weights(folder: Path) -> None:
+    """Gives weights just saved the mode of the JSON files beside them: safetensors lets their owner alone read them, whatever the umask."""
+    for path in folder.glob("*.safetensors"):
+        path.chmod(next(folder.glob("*.json")).stat().st_mode & 0o777)
+
+
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:160]
 

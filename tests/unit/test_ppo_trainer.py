@@ -232,6 +232,7 @@ def test_a_wrapped_model_is_trained_and_saved(tmp_path):
     assert distance(before, weights(wrapper.pretrained_model)) > 1e-4
     x.save_pretrained(tmp_path / "out")
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
 
 
 @pytest.mark.parametrize("early_stopping, num_updates", [(False, 8), (True, 1)])

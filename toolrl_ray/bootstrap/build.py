@@ -25,6 +25,7 @@ from toolrl_ray.bootstrap.mixed import Mixed
 from toolrl_ray.config import RunConfig
 from toolrl_ray.config_task import TaskSource
 from toolrl_ray.errors import ConfigError
+from toolrl_ray.pretrained import share_weights
 from toolrl_ray.tasks.module import task_module
 
 STALE_S = 6 * 3600
@@ -143,6 +144,7 @@ def _make(config: RunConfig, heldout: frozenset[str], folder: Path, log: Callabl
     rows = shown.Demonstrations(settings.seed, settings.tool_share, config.task.few_shot, heldout)
     warm_start(model, tokenizer, rows, settings, log)
     model.save_pretrained(folder)
+    share_weights(folder)
     save_tokenizer(tokenizer, folder)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from toolrl_ray.errors import LearnerError
 from toolrl_ray.learner.lora import write_adapter
-from toolrl_ray.pretrained import load_config
+from toolrl_ray.pretrained import load_config, share_weights
 
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "sentencepiece.*",
@@ -53,6 +53,7 @@ def _write(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     lm.save_pretrained(aside, state_dict=weights)
+    share_weights(aside)
     if adapter:
         write_adapter(lm, adapter, aside / "adapter")
     config = load_config(policy_dir)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from toolrl_ray.config import LoraConfig
 from toolrl_ray.errors import UserError
+from toolrl_ray.pretrained import share_weights
 
 ADAPTER = "default"  # peft's name for an only adapter
 
@@ -107,3 +108,4 @@ def write_adapter(lm: nn.Module, tensors: dict[str, Tensor], folder: Path) -> No
     named = peft.get_peft_model_state_dict(lm, tensors, ADAPTER, save_embedding_layers=False)
     prefixed = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in named.items()}
     save_file(prefixed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    share_weights(folder)

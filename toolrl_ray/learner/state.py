@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from toolrl_ray.errors import LearnerError
 from toolrl_ray.learner.engine import MOMENTS, WEIGHT, tensor_metadata, trained_parameters
+from toolrl_ray.pretrained import share_weights
 
 if TYPE_CHECKING:
     from toolrl_ray.learner.update import Learner
@@ -145,6 +146,7 @@ def _write(folder: Path, files: Files) -> None:
                 (folder / name).write_text(content)
             else:
                 save_file(content, folder / name, metadata={"format": "pt"})
+                share_weights(folder)
         except (OSError, SafetensorError) as error:
             raise LearnerError(
                 f"{folder / name} could not be written ({type(error).__name__}: {error}); "

@@ -52,6 +52,15 @@ def test_a_policy_is_made_once_and_loads_with_transformers(cache: Path) -> None:
     assert tokenizer.decode(tokenizer("a  b")["input_ids"]) == "a  b"
 
 
+def test_whom_the_umask_lets_read_a_policy_can_read_all_of_it() -> None:
+    before = os.umask(0o027)
+    try:
+        folder = ensure_tiny_policy(SMALL, quiet)
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()} == dict.fromkeys(os.listdir(folder), 0o640)
+
+
 def test_what_shapes_the_policy_shapes_its_name_and_nothing_else_does() -> None:
     key = ensure_tiny_policy(SMALL, quiet)
 

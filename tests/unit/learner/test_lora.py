@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 
 import pytest
 import torch
@@ -164,6 +165,17 @@ def test_a_saved_policy_is_the_merged_model_and_its_adapter_gives_the_same_on_th
     assert far(logits(adapted), want) < 1e-5
     assert adapted.peft_config["default"].base_model_name_or_path == folder
     assert {path.name for path in (out / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_whom_the_umask_lets_read_a_saved_policy_can_read_all_of_it(folder, tmp_path):
+    x, before = trained(folder), os.umask(0o027)
+    try:
+        x.save_policy(str(tmp_path / "out"), folder)
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name: path.stat().st_mode & 0o777 for path in files} == {path.name: 0o640 for path in files}
 
 
 def test_without_lora_no_adapter_is_saved(tied, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import threading
 
@@ -101,6 +102,15 @@ def test_the_snapshot_is_of_when_it_was_taken_though_it_is_written_later(tied, f
     go.set()
     x.finish_save()
     assert saved(folder) == saved(tmp_path / "before")
+
+
+def test_whom_the_umask_lets_read_a_checkpoint_can_read_all_of_it(tied, folder):
+    before = os.umask(0o027)
+    try:
+        save(learner(tied), folder)
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()} == dict.fromkeys(os.listdir(folder), 0o640)
 
 
 def test_the_files_hold_whole_float32_tensors_under_module_names(tied, folder):
