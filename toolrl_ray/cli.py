@@ -19,6 +19,7 @@ from toolrl_ray.cli_parser import EXIT_USER, Parser
 from toolrl_ray.errors import MissingDependency, PlacementError, ToolRLError, UserError
 
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PIPE, EXIT_TERMINATED = 1, 130, 141, 143
+REFUSALS = (errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE)  # of a file: the machine is wrong, not this code
 
 
 class Terminated(KeyboardInterrupt):
@@ -33,7 +34,7 @@ def say(line: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command. A reader of its output who has had enough ends it quietly, and a full disk in one line."""
+    """Runs a command. A reader of its output who has had enough ends it quietly, and a disk that is full or gone in one line."""
     try:
         try:
             code = _run(arguments)
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if isinstance(error, BrokenPipeError) and cli_output.reader_has_gone():
             code = EXIT_PIPE
-        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno in REFUSALS and error.filename):
             code = _end(f"{error.strerror}{f': {error.filename!r}' if error.filename else ''}", EXIT_ERROR, error)
         else:
             raise

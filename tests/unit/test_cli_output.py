@@ -1,7 +1,8 @@
-"""A command whose output nobody takes, or no disk."""
+"""A command whose output nobody takes, or whose files the disk does not."""
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import subprocess
@@ -71,6 +72,23 @@ def test_a_full_disk_is_one_line(command: str, unbuffered: str) -> None:
         assert told(command, full, PYTHONUNBUFFERED=unbuffered) == (1, "toolrl: No space left on device\n")
     finally:
         os.close(full)
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE])
+def test_a_file_that_the_system_refuses_is_one_line_that_names_it_and_what_names_no_file_keeps_its_traceback(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["runs/a"]
+
+    def refused(options: object) -> int:
+        raise OSError(number, os.strerror(number), *names)
+
+    monkeypatch.setattr(cli, "_doctor", refused)
+    assert cli.main(["doctor"]) == 1
+    assert capsys.readouterr().err == f"toolrl: {os.strerror(number)}: 'runs/a'\n"
+    names.clear()
+    with pytest.raises(OSError, match=os.strerror(number)):
+        cli.main(["doctor"])
 
 
 def test_a_pipe_that_breaks_elsewhere_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
