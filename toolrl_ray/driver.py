@@ -154,8 +154,8 @@ class Run:
         elif committed_steps(self._dir):
             where = self._dir / "checkpoints"
             raise UserError(f"none of the checkpoints in {where} is whole; to begin again remove that folder and metrics.jsonl")
+        files.truncate_to(self._dir, step)  # before a learner can be lost: `lost_without_checkpoint` judges rows by this run's settings
         parts.weights.sync(step)
-        files.truncate_to(self._dir, step)
         evals = self._dir / "eval.json"
         self._evals = json.loads(evals.read_text()) if (step or self._evals) and evals.exists() else {}
         self._say(f"going on after step {step}" if step else "no checkpoint yet: starting from the beginning")

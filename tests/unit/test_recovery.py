@@ -130,6 +130,14 @@ def test_a_lost_learner_does_not_throw_away_steps_whose_checkpoints_are_gone(tmp
     assert [m["step"] for m in load_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
 
 
+def test_a_learner_that_is_lost_where_a_run_begins_again_with_more_checkpoints_is_started_anew(tmp_path: Path, whole) -> None:
+    with pytest.raises(RolloutError):
+        run(tmp_path / "run", ScriptedParts({"sync 4": RolloutError("killed")}), "checkpoint.every_steps=9", "eval.every_steps=0")
+    scripted = ScriptedParts({"sync 0": [LearnerLost("learner rank 0 died in a weight sync")]})
+    run(tmp_path / "run", scripted, resume=True)  # of whose settings steps 1 to 3 were not
+    assert (outcome(tmp_path / "run"), scripted.weights) == whole
+
+
 def test_learners_lost_with_a_checkpoint_in_between_are_counted_apart(tmp_path: Path) -> None:
     def losing() -> ScriptedParts:
         return ScriptedParts({f"sync {step}": [LearnerLost("x")] for step in (2, 4)})
