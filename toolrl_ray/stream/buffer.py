@@ -11,7 +11,8 @@ tokens is of a version below l, so up to that update none is older than K update
 
 - `admit` starts a group only while all there are, with it, are at most (l + K + 1 - s) B. No group is due later than that, so (I) holds.
 - `next_batch` takes finished groups, those due first before others, and only when what stays behind keeps (I) at s + 1. Taking the
-  earliest due leaves the fewest behind for every d at once, so if any choice of B finished groups keeps (I), this one does.
+  earliest due leaves the fewest behind for every d at once, so if any choice of B finished groups keeps (I), this one does. Up to a d
+  by which B finished groups are due, (I) at s + 1 follows from (I) at s; before that, only those in flight stay behind.
 - (I) at d = s + 1 says that all groups due at the next update fit into it, and `next_batch` leaves none of them behind.
 
 So every group is trained on at or before its due update, whatever its episodes' lengths: the bound is kept for every token, no trajectory
@@ -186,12 +187,10 @@ class Stream:
             return False
         if self.num_handed == self._num_handed_before and any(g.waiting for g in islice(self._groups.values(), self._batch)):
             return False
-        room, num_behind = self._batch, 0
-        for due in sorted(self._in_flight | self._buffered):
-            taken = min(room, self._buffered[due])
-            room -= taken
-            num_behind += self._in_flight[due] + self._buffered[due] - taken
-            if num_behind > (due - update) * self._batch:
+        num_in_flight = 0
+        for due in sorted(self._in_flight):
+            num_in_flight += self._in_flight[due]
+            if num_in_flight > (due - update) * self._batch:
                 return False
         return True
 
