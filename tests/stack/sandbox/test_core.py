@@ -169,6 +169,13 @@ async def test_text_that_the_parser_has_no_stack_for_is_an_error_where_the_snipp
             assert outcome.status is SandboxStatus.MEMORY_LIMIT and outcome.output.endswith("\nMemoryError\n"), (code, outcome)
 
 
+async def test_the_memory_of_the_process_that_starts_the_sandbox_is_none_of_a_snippets(isolation: str) -> None:
+    held = bytearray(b"x") * (256 * MIB)
+    async with sandbox(isolation, Limits(memory_bytes=128 * MIB)) as box:
+        outcome = await box.run("eval('[' + '1,' * (1 << 22) + ']')")
+    assert held and outcome.status is SandboxStatus.MEMORY_LIMIT, outcome
+
+
 @pytest.mark.parametrize("max_output_bytes", [65536, 5000])
 async def test_a_traceback_is_cut_where_it_would_not_fit_and_its_end_is_shown(isolation: str, max_output_bytes: int) -> None:
     division = "ZeroDivisionError: division by zero\n"
