@@ -195,27 +195,27 @@ def _wait_for(runner: asyncio.Runner, coroutine: Coroutine[Any, Any, Any]) -> An
         asyncio.get_running_loop()
     except RuntimeError:
         return runner.run(coroutine)
-    task: list[asyncio.Task[Any]] = []
+    loop = runner.get_loop()
+    task = loop.create_task(coroutine)
     outcome: list[Any] = []
-
-    async def main() -> Any:
-        task.append(asyncio.current_task())
-        return await coroutine
+    ended = threading.Event()  # after a join that was interrupted another one returns at once, though the thread works on
 
     def work() -> None:
         try:
-            outcome.extend((runner.run(main()), None))
+            outcome.extend((loop.run_until_complete(task), None))
         except BaseException as error:
             outcome.extend((None, error))
+        finally:
+            ended.set()
 
     thread = threading.Thread(target=work, name="text-environment")
-    thread.start()
     try:
-        thread.join()
+        thread.start()
+        ended.wait()
     except BaseException:  # a notebook's interrupt
-        if task:
-            runner.get_loop().call_soon_threadsafe(task[0].cancel)
-        thread.join()
+        loop.call_soon_threadsafe(task.cancel)
+        if thread.ident is not None:  # it has been started
+            ended.wait()
         raise
     result, error = outcome
     if error is not None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import signal
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -249,6 +251,26 @@ async def test_a_model_that_fails_inside_a_running_event_loop_raises_its_error()
     env = environment({"a": []})
     with pytest.raises(IndexError):
         env.run(["a"])
+
+
+def test_a_notebooks_interrupt_ends_the_run_that_it_interrupts_before_the_next_begins():
+    env = environment({"a": ["z" * 99], "b": [SUBMIT]})
+
+    def interrupted(module, args, kwargs):
+        hook.remove()
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        time.sleep(0.5)  # a forward that is still under way when the interrupt has been taken
+
+    async def cell(task):
+        return env.run([task])
+
+    hook = env.model.register_forward_pre_hook(interrupted, with_kwargs=True)
+    loop = asyncio.new_event_loop()
+    with pytest.raises(KeyboardInterrupt):
+        loop.run_until_complete(cell("a"))
+    assert text_of(env, loop.run_until_complete(cell("b"))[1][0]) == SUBMIT
+    assert not any(env.model.modes) and env.model.training
+    loop.close()
 
 
 def test_a_run_that_fails_leaves_nothing_behind_for_the_next():
