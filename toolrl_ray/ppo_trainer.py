@@ -226,6 +226,7 @@ class _Learner(Learner):
 
     def update(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         self.seen = None
+        self.engine.module.zero_grad()  # of an update that broke off, or the user's own
         return super().update(trajectories)
 
     def _targets(self, batch: Batch) -> Targets:

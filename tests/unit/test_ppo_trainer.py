@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import re
 
@@ -221,6 +222,27 @@ def test_the_reference_is_the_model_as_it_was_unless_another_is_given():
     assert abs(trainer(lm, other).step(*tensors(ROWS))["objective/kl"]) > 0.1
     with pytest.raises(ConfigError, match="ref_model is the model itself"):
         trainer(lm, lm)
+
+
+@pytest.mark.parametrize("broke_off", [True, False])
+def test_gradients_of_a_step_that_broke_off_or_of_ones_own_are_not_in_the_next(broke_off: bool):
+    x, y = trainer(max_microbatch_tokens=20), trainer(max_microbatch_tokens=20)
+    if broke_off:
+        forwards = itertools.count(1)
+
+        def interrupted(module, args):
+            if torch.is_grad_enabled() and next(forwards) == 2:
+                raise KeyboardInterrupt
+
+        hook = x.model.model.register_forward_pre_hook(interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            x.step(*tensors(random_trajectories(8, seed=1)))
+        hook.remove()
+    else:
+        x.model(input_ids=ids(1, 2, 3)[None], labels=ids(1, 2, 3)[None]).loss.backward()
+    assert any(p.grad is not None and p.grad.any() for p in x.model.parameters())
+    assert x.step(*tensors(ROWS))["ppo/grad_norm"] == y.step(*tensors(ROWS))["ppo/grad_norm"]
+    assert distance(weights(x.model), weights(y.model)) == 0
 
 
 def test_a_wrapped_model_is_trained_and_saved(tmp_path):
