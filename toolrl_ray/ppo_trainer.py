@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from toolrl_ray.config import RunConfig
 from toolrl_ray.errors import ConfigError
 from toolrl_ray.learner.batch import Batch
+from toolrl_ray.learner.lora import adapters_off
 from toolrl_ray.learner.model import PolicyWithValue, leave_nothing_to_chance
 from toolrl_ray.learner.targets import Targets
 from toolrl_ray.learner.update import Learner
@@ -125,7 +126,8 @@ class PPOConfig:
 
 class PPOTrainer:
     """config: a PPOConfig. model: a causal LM, or anything that holds one as `pretrained_model`; it is trained in place, together with a
-    value head that the trainer makes. ref_model: what the KL penalty is measured against (default: a copy of the model as it is now).
+    value head that the trainer makes. ref_model: what the KL penalty is measured against (default: the model as it is now, with its
+    adapters off; it is a copy unless adapters alone are trained).
     tokenizer: saved with the model, needed for nothing else. Seeds torch's global generator with config.seed, as TRL does.
 
     Raises ConfigError for a model that cannot be trained here.
@@ -134,9 +136,11 @@ class PPOTrainer:
     def __init__(self, config: PPOConfig, model: Any, ref_model: Any = None, tokenizer: Any = None):
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self._lm = causal_lm(model)
-        reference = copy.deepcopy(self._lm) if ref_model is None else causal_lm(ref_model)
-        if reference is self._lm:
-            raise ConfigError("ref_model is the model itself, which changes; give a copy of it, or leave ref_model out")
+        reference = _as_it_is_now(self._lm) if ref_model is None else causal_lm(ref_model)
+        self._models = nn.ModuleList([self._lm] if reference is None else [self._lm, reference])
+        trained = {id(p) for p in self._lm.parameters() if p.requires_grad}
+        if reference is not None and any(id(p) in trained for p in reference.parameters()):
+            raise ConfigError("ref_model is the model itself or has weights of it, which change; give a copy of it, or leave ref_model out")
         if kinds := {p.dtype for p in self._lm.parameters() if p.requires_grad and p.dtype != torch.float32}:
             kind = str(kinds.pop()).removeprefix("torch.")
             raise ConfigError(f"the model's weights are {kind}, in which most steps of an optimiser are lost; give model.float()")
@@ -144,7 +148,7 @@ class PPOTrainer:
         if device.type not in ("cpu", "cuda") or device.index:
             raise ConfigError(f"the model is on {device}; the trainer works on cpu or cuda:0, move the model there")
         torch.manual_seed(config.seed)
-        self._learner = _Learner(config.run_config(device.type), self._lm, reference.eval())
+        self._learner = _Learner(config.run_config(device.type), self._lm, reference)
         self._num_steps = 0
 
     def step(
@@ -161,7 +165,7 @@ class PPOTrainer:
         """
         rows = self._trajectories(queries, responses, scores, response_masks)
         self._num_steps += 1
-        with eval_mode(self._lm):
+        with eval_mode(self._models):
             leave_nothing_to_chance(self._lm)
             metrics = self._learner.update(rows)
         statistics = update_statistics(metrics, self._learner.config, len(rows), self._learner.seen)
@@ -209,9 +213,10 @@ class PPOTrainer:
 
 class _Learner(Learner):
     """The learner over models in memory, of rows whose sampler's logprobs nobody knows: they are taken for the learner's own, so that
-    every truncated importance weight is 1. seen: batch and targets of the last update, None where nothing was trained."""
+    every truncated importance weight is 1. reference: None for lm with its adapters off. seen: batch and targets of the last update, None
+    where nothing was trained."""
 
-    def __init__(self, config: RunConfig, lm: nn.Module, reference: nn.Module):
+    def __init__(self, config: RunConfig, lm: nn.Module, reference: nn.Module | None):
         self._lm = lm
         self.seen: tuple[Batch, Targets] | None = None
         # Where the penalty is 0 no reference is loaded from a folder: this one is in memory.
@@ -219,7 +224,9 @@ class _Learner(Learner):
         super().__init__(config.model_copy(update={"algo": algo}), "", in_process=True)
         self.config = config
         self.kl_controller.value = config.algo.kl_coef
-        self.reference = self.engine.frozen(PolicyWithValue(reference, critic="none", temperature=config.rollout.temperature))
+        self.reference = self._without_adapters
+        if reference is not None:  # not `frozen`: it is the user's
+            self.reference = PolicyWithValue(reference, critic="none", temperature=config.rollout.temperature).to(self.engine.device)
 
     def _load_module(self, dtype: str) -> PolicyWithValue:
         return PolicyWithValue(self._lm, temperature=self.config.rollout.temperature)
@@ -245,6 +252,12 @@ def causal_lm(model: Any) -> Any:
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(f"model is a {type(lm).__name__}, an encoder-decoder; give a causal LM")
     return lm
+
+
+def _as_it_is_now(lm: nn.Module) -> nn.Module | None:
+    """A copy of lm with its adapters off; None where nothing but adapters is trained, since lm itself then is one whenever they are off."""
+    with adapters_off(lm):
+        return copy.deepcopy(lm) if any(p.requires_grad for p in lm.parameters()) else None
 
 
 @contextmanager

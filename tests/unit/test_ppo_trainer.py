@@ -8,6 +8,7 @@ import math
 import re
 
 import numpy as np
+import peft
 import pytest
 import torch
 from learner_synthetic import count_checkpoints, random_trajectories, run_config
@@ -49,6 +50,10 @@ def tensors(trajectories):
 def trainer(lm=None, ref_model=None, **settings) -> PPOTrainer:
     settings = {"batch_size": 8, "mini_batch_size": 4, "learning_rate": 1e-3, "ppo_epochs": 2} | settings
     return PPOTrainer(PPOConfig(**settings), lm or tiny_lm(tokenizer()), ref_model)
+
+
+def with_adapters(lm: nn.Module, **options) -> nn.Module:
+    return peft.get_peft_model(lm, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options))
 
 
 def weights(lm: nn.Module) -> dict[str, torch.Tensor]:
@@ -222,6 +227,50 @@ def test_the_reference_is_the_model_as_it_was_unless_another_is_given():
     assert abs(trainer(lm, other).step(*tensors(ROWS))["objective/kl"]) > 0.1
     with pytest.raises(ConfigError, match="ref_model is the model itself"):
         trainer(lm, lm)
+
+
+def test_a_reference_with_weights_that_the_model_trains_is_refused():
+    base = tiny_lm(tokenizer())
+    for lm, other in ((with_adapters(base), base), (tiny_lm(tokenizer()), tiny_lm(tokenizer()))):
+        if other is not base:
+            other.model.embed_tokens = lm.model.embed_tokens
+        with pytest.raises(ConfigError, match="^ref_model is the model itself or has weights of it, which change; give a copy"):
+            trainer(lm, other)
+        assert any(p.requires_grad for p in lm.parameters())
+    lm.model.embed_tokens.requires_grad_(False)
+    assert trainer(lm, other).step(*tensors(ROWS))["ppo/num_updates"] == 4
+
+
+def test_a_reference_that_was_given_comes_back_as_it_was_and_is_run_without_dropout():
+    lm, other = tiny_lm(tokenizer()), tiny_lm(tokenizer(), attention_dropout=0.5)
+    other.train()
+    other.model.embed_tokens.requires_grad_(False)
+    before = [(p.clone(), p.requires_grad) for p in other.parameters()]
+    seen = []
+    other.model.layers[0].self_attn.register_forward_pre_hook(lambda module, args: seen.append(module.training or torch.is_grad_enabled()))
+    statistics = trainer(lm, other).step(*tensors(ROWS))
+    assert statistics["objective/kl"] == pytest.approx(0, abs=1e-5) and seen and not any(seen)
+    assert all(module.training for module in other.modules())
+    for p, (value, requires_grad) in zip(other.parameters(), before, strict=True):
+        assert torch.equal(p, value) and p.requires_grad == requires_grad and p.grad is None
+
+
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}])
+def test_the_reference_of_a_model_with_adapters_is_the_model_with_its_adapters_off(options):
+    base = tiny_lm(tokenizer(), attention_bias=True)
+    whole = copy.deepcopy(base)
+    lm = with_adapters(base, **options)
+    for name, p in lm.named_parameters():
+        if p.requires_grad and "lora_A" not in name and "bias" not in name:
+            nn.init.normal_(p, std=0.1)
+    trained = {name for name, p in lm.named_parameters() if p.requires_grad}
+    x = trainer(lm)
+    steps = [x.step(*tensors(ROWS)) for _ in range(2)]
+    wanted = trainer(whole).step(*tensors(ROWS))["objective/logprobs"]
+    for statistics in steps:
+        assert statistics["objective/ref_logprobs"] == pytest.approx(wanted, abs=1e-5)
+        assert np.abs(statistics["objective/logprobs"] - wanted).max() > 0.01
+    assert {name for name, p in lm.named_parameters() if p.requires_grad} == trained
 
 
 @pytest.mark.parametrize("broke_off", [True, False])

@@ -76,15 +76,19 @@ def adapter_tensors(lm: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def adapters_off(lm: nn.Module) -> Iterator[None]:
-    """Within it lm is the base model. For forwards without gradients."""
-    layers = adapted_layers(lm).values()
+    """Within it lm is the base model, also where peft trains whole modules in the place of its own (modules_to_save), and no adapter
+    requires a gradient. For forwards without gradients."""
+    layers = [module for module in lm.modules() if getattr(module, "disable_adapters", None) is False]
+    flags = [(p, p.requires_grad) for p in lm.parameters()]
     for layer in layers:
         layer.enable_adapters(False)
     try:
         yield
     finally:
         for layer in layers:
-            layer.enable_adapters(True)
+            layer.enable_adapters(True)  # which takes every parameter of theirs for trained
+        for p, requires_grad in flags:
+            p.requires_grad_(requires_grad)
 
 
 def merged(lm: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
