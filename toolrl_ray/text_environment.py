@@ -13,6 +13,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from numbers import Integral
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -78,8 +79,7 @@ class TextEnvironment:
         self._settings()
         if not callable(reward_fn):
             raise ConfigError(f"reward_fn={reward_fn!r} cannot be called; give a function of the list of responses")
-        self._tools = TextTools(tools, self.max_tool_response)
-        self.tools = self._tools.named
+        self._tools = TextTools(tools)
         self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)  # leaves the thread's own loop alone
         self._is_closed = False
         try:
@@ -87,6 +87,11 @@ class TextEnvironment:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def tools(self) -> Mapping[str, Any]:
+        """Those of the construction, by name."""
+        return MappingProxyType(self._tools.named)
 
     def run(
         self, tasks: Iterable[str] | None = None, /, **reward_kwargs: Any
@@ -156,7 +161,8 @@ class TextEnvironment:
         limits = Limits(
             max_turns=self.max_turns,
             max_turn_tokens=max_new_tokens,
-            max_observation_tokens=4 * self.max_tool_response + 4,  # a character is at most four bytes, each a token at worst
+            max_observation_tokens=NO_LIMIT,
+            max_observation_chars=self.max_tool_response,
             max_context_tokens=min(self.max_length or NO_LIMIT, max_positions(self._policy.config) or NO_LIMIT),
             tool_deadline_s=self.tool_timeout_s,
             turn_deadline_s=NO_DEADLINE_S,

@@ -35,7 +35,6 @@ SHOWN = {
     ToolStatus.BAD_ARGUMENTS: "Unknown tool call: {text}",
     ToolStatus.UNKNOWN_TOOL: "Unknown tool {tool}.",
 }
-CUT = "..."
 MAX_STALLED = 1024  # threads per tool that may hang before its calls are refused
 
 
@@ -44,13 +43,12 @@ class TextTools:
 
     tools: name -> callable, tool object, "mcp:COMMAND or URL" or the name of a deployed tool; or a list of those. In a list a
     function is named by its __name__, a tool of this project by its name, an MCP tool by what follows its "#", and any other object
-    by its class, as in TRL. max_chars: of what the policy is shown for a call, the closing marker apart.
+    by its class, as in TRL.
     Raises ConfigError for what is none of these, and for a name that is there twice or that no call can spell.
     """
 
-    def __init__(self, tools: Mapping[str, Any] | Iterable[Any], max_chars: int):
+    def __init__(self, tools: Mapping[str, Any] | Iterable[Any]):
         self.named = _named(tools)
-        self._max_chars = max_chars
         self._deployed = {name: thing for name, thing in self.named.items() if _is_deployed(thing)}
         own = {name: _make(name, thing) for name, thing in self.named.items() if name not in self._deployed}
         self._local = LocalTools(ToolsConfig(max_in_flight=MAX_STALLED), {name: lambda tool=tool: tool for name, tool in own.items()})
@@ -78,16 +76,8 @@ class TextTools:
             session = f"{self._id}/{call.session}"
             self._sessions.add(session)
             [result] = await self._service.call([replace(call, tool=self._deployed[call.tool], session=session)])
-        else:
-            result = await self._local(call)
-        return self._cut(call.tool, result)
-
-    def _cut(self, tool: str, result: ToolResult) -> ToolResult:
-        excess = len(shown.show(SHOWN[result.status], tool, result.text)) - self._max_chars
-        if excess <= 0:
             return result
-        kept = max(0, len(result.text) - excess - len(CUT))
-        return replace(result, text=result.text[:kept] + CUT, truncated=True)
+        return await self._local(call)
 
     def end_session(self, session: str) -> None:
         self._local.end_session(session)

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import shlex
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -209,6 +210,27 @@ def test_output_is_cut_by_characters_as_in_trl():
     texts = [h.text.partition("<call>")[2].partition("<response>")[0] for h in histories]
     assert texts == ["é" * 17 + "...", "y" * 20, "Tool error: strin...", "Tool error: divis..."]
     assert [h.trajectory.tool_calls[0].truncated for h in histories] == [True, False, True, True]
+
+
+def test_so_is_what_is_shown_where_no_tool_answers_and_the_limit_may_be_set_later():
+    forever = threading.Event()
+    turns = {"unknown": call("n" * 50, "x"), "stalls": call("stalls", "x"), "odd": "<request>x<call>"}
+    env = environment({name: [turn] * 2 + [SUBMIT] for name, turn in turns.items()}, {"stalls": lambda _: forever.wait()}, tool_timeout_s=1)
+    env.max_tool_response = 20
+    *_, histories = env.run(list(turns))
+    forever.set()
+    texts = [h.text.partition("<call>")[2].partition("<response>")[0] for h in histories]
+    assert texts == ["Unknown tool nnnn...", "Error: the tool t...", "Unknown tool call..."]
+    assert all(c.truncated for h in histories for c in h.trajectory.tool_calls)
+
+
+def test_tools_are_those_of_the_construction_and_cannot_be_changed_without_a_word():
+    env = environment({}, [reverse])
+    with pytest.raises(TypeError):
+        env.tools["shout"] = shout
+    with pytest.raises(AttributeError):
+        env.tools = [shout]
+    assert env.tools == {"reverse": reverse}
 
 
 def test_a_deployed_tool_is_called_by_its_name_and_keeps_a_session_per_episode_which_ends_with_it(monkeypatch):

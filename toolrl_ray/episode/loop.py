@@ -38,6 +38,7 @@ BACKSTOP_S = 0.5  # beyond a call's deadline, at which the client answers TIMEOU
 @dataclass(frozen=True)
 class Limits:
     """max_turns: completions per episode. Tokens: per completion, per call in an observation (markers apart), and in all.
+    max_observation_chars: per call in an observation, too.
     Deadlines in seconds: per call, per completion, per episode; the last two on the episode's `Clock`."""
 
     max_turns: int
@@ -47,6 +48,7 @@ class Limits:
     tool_deadline_s: float
     turn_deadline_s: float
     episode_deadline_s: float
+    max_observation_chars: int | None = None
 
 
 async def run_episode(
@@ -191,7 +193,7 @@ class _Episode:
         shown: list[Shown] = []
         for call, result in results:
             text = self.call_format.shown(show(self.shown[result.status], call.tool, result.text))
-            shown.append(Shown(text, *self._cut(self.codec.encode(text))))
+            shown.append(self._cut(text))
             truncated = result.truncated or shown[-1].was_cut
             self.tool_calls.append(
                 ToolCallRecord(self.num_turns, call.tool, call.argument, result.status, result.text, round(result.latency_s, 6), truncated)
@@ -203,9 +205,13 @@ class _Episode:
         if self.left_s() == 0:
             self.ledger.finish(StopReason.EPISODE_DEADLINE)
 
-    def _cut(self, token_ids: list[int]) -> tuple[list[int], bool]:
-        limit = self.limits.max_observation_tokens
+    def _cut(self, text: str) -> Shown:
+        mark, max_chars, limit = self.call_format.cut, self.limits.max_observation_chars, self.limits.max_observation_tokens
+        was_cut = max_chars is not None and len(text) > max_chars
+        if was_cut:
+            text = text[: max_chars - len(mark)] + mark
+        token_ids = self.codec.encode(text)
         if len(token_ids) <= limit:
-            return token_ids, False
-        mark = self.codec.encode(self.call_format.cut)[:limit]
-        return token_ids[: limit - len(mark)] + mark, True
+            return Shown(text, token_ids, was_cut)
+        mark_ids = self.codec.encode(mark)[:limit]
+        return Shown(text, token_ids[: limit - len(mark_ids)] + mark_ids, True)
