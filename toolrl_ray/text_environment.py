@@ -105,7 +105,7 @@ class TextEnvironment:
             tasks = reward_kwargs.pop("queries", None)
         if tasks is None or isinstance(tasks, str):
             raise ConfigError(f"tasks={tasks!r}: give a list of texts")
-        queries = [self.prompt + task for task in tasks]
+        queries = [(self.prompt + task).encode("utf-8", "replace").decode() for task in tasks]  # half a character cannot be shown
         if not queries:
             return [], [], [], [], []
         if "" in queries and not self._codec.encode_prompt(""):
@@ -192,7 +192,7 @@ class _Codec(HFCodec):
     plain characters, as everywhere in this project."""
 
     def encode_prompt(self, text: str) -> list[int]:
-        return self._prefix + self._encode_whole(text.encode("utf-8", "replace").decode("utf-8"))
+        return self._prefix + self._encode_whole(text)
 
 
 def _wait_for(runner: asyncio.Runner, coroutine: Coroutine[Any, Any, Any]) -> Any:

@@ -145,6 +145,13 @@ def test_special_tokens_of_the_query_mean_themselves_so_that_chat_templates_work
     assert query.tolist().count(env.tokenizer.eos_token_id) == 2 and query.tolist().count(env.tokenizer.bos_token_id) == 1
 
 
+def test_a_task_with_half_a_character_is_made_a_text_that_can_be_shown(capsys):
+    *_, [history] = environment({"a": [SUBMIT]}).run(["a\ud800"])
+    assert history.text == PROMPT + "a?" + SUBMIT == history.trajectory.request.task.prompt + SUBMIT
+    history.show_text()
+    assert "a?" in capsys.readouterr().out
+
+
 def test_there_is_no_bos_in_mid_episode():
     env = environment({"a": [call("double", "1"), call("double", "2"), SUBMIT]}, [double], bos=True)
     [query], [response], *_ = env.run(["a"])
