@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from toolrl_ray.learner.targets import Targets
 from toolrl_ray.learner.update import Learner
 from toolrl_ray.ppo_statistics import row_statistics, update_statistics
 from toolrl_ray.pretrained import share_weights
+from toolrl_ray.text_settings import in_short
 from toolrl_ray.types import NO_VERSION, EpisodeRequest, StopReason, Task, Trajectory
 
 KL_PENALTIES = {"kl": "k1", "mse": "k2"}
@@ -46,6 +48,12 @@ PLACES = {
     "max_microbatch_tokens": ("learner", "max_microbatch_tokens"),
     "temperature": ("rollout", "temperature"),
     "seed": ("", "seed"),
+}
+# Those that go nowhere as they are, and what each is.
+OWN: dict[str, tuple[type, str]] = {
+    **dict.fromkeys(("batch_size", "mini_batch_size", "gradient_accumulation_steps"), (Integral, "a whole number")),
+    **dict.fromkeys(("adap_kl_ctrl", "early_stopping"), (bool, "True or False")),
+    "target_kl": (Real, "a number"),
 }
 
 
@@ -91,6 +99,10 @@ class PPOConfig:
 
     def run_config(self, device_type: str) -> RunConfig:
         """The same in this project's names. Raises ConfigError."""
+        for name, (kind, what) in OWN.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) and (name != "target_kl" or self.early_stopping):
+                raise ConfigError(f"PPOConfig: {name}={value!r}: give {what}")
         rows = self.mini_batch_size * self.gradient_accumulation_steps
         if not (rows >= 1 and self.batch_size >= 1 and self.batch_size % rows == 0):
             step = f"mini_batch_size={self.mini_batch_size} * gradient_accumulation_steps={self.gradient_accumulation_steps}"
@@ -181,6 +193,8 @@ class PPOTrainer:
     def _trajectories(self, queries: Any, responses: Any, scores: Any, masks: Any) -> list[Trajectory]:
         for name, tensors in (("query", queries), ("response", responses), ("mask", () if masks is None else masks)):
             for i, tensor in enumerate(tensors):
+                if not hasattr(tensor, "ndim"):
+                    raise ConfigError(f"row {i}: the {name} is a {type(tensor).__name__}; give a tensor")
                 if tensor.ndim != 1:
                     raise ConfigError(f"row {i}: the {name} has shape {list(tensor.shape)}; give one dimension, a row's tokens alone")
         masks = [torch.ones(len(response)) for response in responses] if masks is None else masks
@@ -191,6 +205,10 @@ class PPOTrainer:
         for i, (query, response, score, mask) in enumerate(zip(queries, responses, scores, masks, strict=True)):
             if len(mask) != len(response):
                 raise ConfigError(f"row {i}: the mask has {len(mask)} entries for a response of {len(response)} tokens")
+            try:
+                reward = float(score)
+            except (TypeError, ValueError, RuntimeError):
+                raise ConfigError(f"row {i}: the score is {in_short(score)}; give one number") from None
             name = f"{self._num_steps}:{i}"
             is_trained = [False] * len(query) + [bool(x) for x in mask.tolist()]
             rows.append(
@@ -205,7 +223,7 @@ class PPOTrainer:
                     stop_reason=StopReason.SUBMITTED,
                     num_turns=1,
                     duration_s=0.0,
-                    reward=float(score),
+                    reward=reward,
                 )
             )
         return rows

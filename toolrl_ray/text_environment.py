@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from numbers import Integral
+from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any
 
@@ -27,7 +27,7 @@ from toolrl_ray.ppo_trainer import PPOConfig, PPOTrainer, causal_lm, eval_mode
 from toolrl_ray.preflight import max_positions
 from toolrl_ray.rollout.transformers_engine import TransformersEngine
 from toolrl_ray.text_history import TextHistory
-from toolrl_ray.text_settings import as_list, parameter_names, read_generation_kwargs, read_rewards
+from toolrl_ray.text_settings import as_list, in_short, parameter_names, read_generation_kwargs, read_rewards
 from toolrl_ray.text_tools import SHOWN, TextTools
 from toolrl_ray.types import EpisodeRequest, Task, Trajectory
 
@@ -105,7 +105,11 @@ class TextEnvironment:
             tasks = reward_kwargs.pop("queries", None)
         if tasks is None or isinstance(tasks, str):
             raise ConfigError(f"tasks={tasks!r}: give a list of texts")
-        queries = [(self.prompt + task).encode("utf-8", "replace").decode() for task in tasks]  # half a character cannot be shown
+        queries = []
+        for i, task in enumerate(tasks):
+            if not isinstance(task, str):
+                raise ConfigError(f"task {i} is {in_short(task)}; give a text")
+            queries.append((self.prompt + task).encode("utf-8", "replace").decode())  # half a character cannot be shown
         if not queries:
             return [], [], [], [], []
         if "" in queries and not self._codec.encode_prompt(""):
@@ -154,7 +158,7 @@ class TextEnvironment:
             value = getattr(self, name)
             if not (isinstance(value, Integral) and value >= least or name == "max_length" and value is None):
                 raise ConfigError(f"{name}={value!r}: give a whole number, {least} or more")
-        if not self.tool_timeout_s > 0:
+        if not (isinstance(self.tool_timeout_s, Real) and self.tool_timeout_s > 0):
             raise ConfigError(f"tool_timeout_s={self.tool_timeout_s!r}: give seconds, more than 0")
         temperature, max_new_tokens, eos_token_ids = read_generation_kwargs(self.generation_kwargs or {})
         self._codec.eos_token_ids = self._eos_token_ids.union(eos_token_ids)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from numbers import Integral, Real
 from typing import Any
 
@@ -40,9 +40,11 @@ def read_generation_kwargs(kwargs: Mapping[str, Any]) -> tuple[float, int, list[
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
 
     def wrong(name: str, what: str) -> ConfigError:
-        return ConfigError(f"generation_kwargs[{name!r}]={_in_short(kwargs[name])}{what}")
+        return ConfigError(f"generation_kwargs[{name!r}]={in_short(kwargs[name])}{what}")
 
     samples = kwargs.get("do_sample", "temperature" in kwargs)
+    if samples not in (True, False):
+        raise wrong("do_sample", ": give True or False")
     for name, value in kwargs.items():
         if name not in (*NEUTRAL, *READ, *OF_NO_EFFECT):
             raise ConfigError(f"generation_kwargs has {name!r}, which is not supported; supported: {', '.join(READ)}")
@@ -67,9 +69,11 @@ def read_rewards(returned: Any, num_tasks: int) -> list[Tensor]:
     """One float32 scalar per task. Raises ConfigError where reward_fn returned something else."""
     wanted = f"return one number for each of the {num_tasks} responses, in their order"
     try:
+        if isinstance(returned, (Mapping, Set)):  # of which one could only count the keys, and in no order
+            raise TypeError
         each = iter(returned)
     except TypeError:
-        raise ConfigError(f"reward_fn returned {_in_short(returned)}; {wanted}") from None
+        raise ConfigError(f"reward_fn returned {in_short(returned)}; {wanted}") from None
     rewards = list(each)
     if len(rewards) != num_tasks:
         raise ConfigError(f"reward_fn returned {len(rewards)} rewards for {num_tasks} responses; return one for each, in their order")
@@ -78,9 +82,9 @@ def read_rewards(returned: Any, num_tasks: int) -> list[Tensor]:
         try:
             read.append(torch.as_tensor(reward, dtype=torch.float32).detach().reshape(()))
         except (TypeError, ValueError, RuntimeError):
-            raise ConfigError(f"reward_fn returned {_in_short(reward)} for task {i}; {wanted}") from None
+            raise ConfigError(f"reward_fn returned {in_short(reward)} for task {i}; {wanted}") from None
         if not read[-1].isfinite():
-            raise ConfigError(f"reward_fn returned {_in_short(reward)} for task {i}; return a finite number")
+            raise ConfigError(f"reward_fn returned {in_short(reward)} for task {i}; return a finite number")
     return read
 
 
@@ -95,5 +99,5 @@ def as_list(eos_token_id: int | Iterable[int] | None) -> list[int]:
     return [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, Integral) else list(eos_token_id)
 
 
-def _in_short(value: Any) -> str:
+def in_short(value: Any) -> str:
     return " ".join(repr(value).split())[:100]

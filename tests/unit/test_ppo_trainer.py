@@ -336,6 +336,9 @@ def test_the_configuration_keeps_trls_names_and_defaults():
         ({"cliprange": -1.0}, "cliprange=-1.0"),
         ({"max_grad_norm": 0.0}, "max_grad_norm=0.0"),
         ({"kl_penalty": "full"}, "kl_penalty='full'; allowed: kl, mse"),
+        ({"batch_size": "8"}, "PPOConfig: batch_size='8': give a whole number"),
+        ({"target_kl": None, "early_stopping": True}, "PPOConfig: target_kl=None: give a number"),
+        ({"adap_kl_ctrl": "no"}, "PPOConfig: adap_kl_ctrl='no': give True or False"),
         ({"batch_size": 10, "mini_batch_size": 4}, "batch_size=10 is no multiple of mini_batch_size=4"),
     ],
 )
@@ -358,6 +361,13 @@ def test_rows_that_do_not_fit_together_are_refused_in_one_line():
             others = rows | {name: [own[0], wrong, *own[2:]]}
             with pytest.raises(ConfigError, match=f"^row 1: the {name} has shape {re.escape(str(shape))}; give one dimension"):
                 x.step(others["query"], others["response"], scores, others["mask"])
+    for name, own in rows.items():
+        others = rows | {name: [own[0], own[1].tolist(), *own[2:]]}
+        with pytest.raises(ConfigError, match=f"^row 1: the {name} is a list; give a tensor$"):
+            x.step(others["query"], others["response"], scores, others["mask"])
+    for wrong in (None, ids(1, 2), "1.0.0"):
+        with pytest.raises(ConfigError, match=f"^row 1: the score is {re.escape(repr(wrong))}; give one number$"):
+            x.step(queries, responses, [scores[0], wrong, *scores[2:]], masks)
     with pytest.raises(LearnerError, match="reward=nan"):
         x.step(queries, responses, [math.nan] * 8, masks)
 

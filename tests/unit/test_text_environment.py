@@ -364,6 +364,8 @@ def test_settings_that_leave_the_distribution_as_it_is_are_taken_whatever_they_a
         ({"max_length": 0}, "max_length=0"),
         ({"max_tool_response": 2}, "max_tool_response=2"),
         ({"tool_timeout_s": 0}, "tool_timeout_s=0"),
+        ({"tool_timeout_s": None}, "tool_timeout_s=None: give seconds"),
+        ({"generation_kwargs": {"do_sample": "no"}}, "generation_kwargs['do_sample']='no': give True or False"),
         ({"reward_fn": None}, "reward_fn=None"),
     ],
 )
@@ -379,6 +381,9 @@ def test_one_text_or_nothing_in_place_of_a_list_is_refused():
         env.run("a")
     with pytest.raises(ConfigError, match="give a list"):
         env.run(answers=["a"])
+    for wrong in (None, 1):
+        with pytest.raises(ConfigError, match=f"^task 1 is {wrong}; give a text$"):
+            env.run(["a", wrong])
 
 
 def test_the_tasks_may_be_named_queries_as_in_trl_and_a_reward_function_may_use_either_name():
@@ -396,7 +401,8 @@ def test_the_tasks_may_be_named_queries_as_in_trl_and_a_reward_function_may_use_
         (torch.tensor(1.0), "reward_fn returned tensor(1.); return one number"),
         (torch.zeros(2, 2), "reward_fn returned tensor([0., 0.]) for task 0; return one number"),
         ([1, None], "reward_fn returned None for task 1; return one number"),
-        ({"a": 1, "b": 0}, "reward_fn returned 'a' for task 0; return one number"),
+        ({0: 1, 1: 0}, "reward_fn returned {0: 1, 1: 0}; return one number"),
+        ({0, 1}, "reward_fn returned {0, 1}; return one number"),
         ([0, float("nan")], "reward_fn returned nan for task 1; return a finite number"),
         ([torch.tensor(float("inf")), 0], "reward_fn returned tensor(inf) for task 0; return a finite number"),
     ],
