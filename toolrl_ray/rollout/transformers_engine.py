@@ -7,6 +7,7 @@ free of processes and threads, so that a breakpoint works anywhere.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import itertools
 import random
 from collections.abc import Callable, Iterable
@@ -39,10 +40,10 @@ def _take_error(worker: asyncio.Task[None]) -> None:
 
 
 class TransformersEngine:
-    """model: a causal LM in eval mode, which the engine keeps for itself; one without a cache of keys and values (Mamba, RWKV) raises
-    UserError when it is sampled from. decode: text of sampled ids, for stop strings. seed: with a completion's own seed it says what that
-    draws, whatever else is under way. recompute: new weights compute again what those before have cached of a completion
-    (weights.kv_cache)."""
+    """model: a causal LM in eval mode, which the engine keeps for itself; one without a cache of keys and values (Mamba, RWKV), or one that
+    counts padding as positions (BART's decoder), raises UserError when it is sampled from. decode: text of sampled ids, for stop strings.
+    seed: with a completion's own seed it says what that draws, whatever else is under way. recompute: new weights compute again what those
+    before have cached of a completion (weights.kv_cache)."""
 
     def __init__(
         self,
@@ -63,6 +64,7 @@ class TransformersEngine:
         self._unseeded = itertools.count()
         self._version = policy_version
         self._recompute = recompute
+        self._has_positions = "position_ids" in inspect.signature(model.forward).parameters  # else, that padding does not shift them
         self._samples = asyncio.Event()  # unless paused
         self._samples.set()
         self._waiting: list[_Row] = []
@@ -130,6 +132,8 @@ class TransformersEngine:
                     f"rollout.engine=transformers cannot sample from a model of the kind {kind!r}, which has no cache of keys and values "
                     "(past_key_values); rollout.engine=vllm may serve it"
                 )
+            if not self._has_positions:
+                self._check_positions(batch, out.logits[:, -1])
             cache = out.past_key_values
             logprobs = torch.log_softmax(out.logits[:, -1].float() / temperature, dim=-1)  # [B, V]
             below = logprobs.double().exp().cumsum(-1)  # [B, V]
@@ -143,6 +147,24 @@ class TransformersEngine:
             # Rows that have ended stay where they are: a position beyond the model's last one would be an error.
             goes_on = attention_mask.new_tensor([[row.finish_reason is None] for row in batch])
             attention_mask = torch.cat([attention_mask, goes_on], dim=1)
+
+    @torch.no_grad()
+    def _check_positions(self, batch: list[_Row], logits: torch.Tensor) -> None:
+        """logits: [B, V], of the tokens after the prompts. Raises UserError where those of the shortest prompt are others without padding;
+        a batch without padding tells nothing."""
+        lengths = [len(row.prompt) for row in batch]
+        i = lengths.index(min(lengths))
+        if lengths[i] == max(lengths):
+            return
+        padded = logits[i].float()
+        alone = self._model(input_ids=torch.tensor([batch[i].prompt], device=logits.device)).logits[0, -1].float()
+        if (alone - padded).std() > torch.finfo(logits.dtype).eps ** 0.5 * alone.std():
+            kind = self._model.config.model_type
+            raise UserError(
+                f"rollout.engine=transformers cannot sample from a model of the kind {kind!r}, which counts padding as positions, so that "
+                "logprobs would be wrong; rollout.engine=vllm may serve it"
+            )
+        self._has_positions = True
 
     def _append(self, batch: list[_Row], tokens: list[int], logprobs: list[float]) -> None:
         for row, token, logprob in zip(batch, tokens, logprobs, strict=True):

@@ -6,7 +6,19 @@ import gc
 import pytest
 import torch
 from safetensors.torch import save
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BloomConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MptConfig,
+    OPTConfig,
+)
 
 from toolrl_ray.errors import UserError
 from toolrl_ray.learner.engine import policy_tensors
@@ -181,6 +193,44 @@ def test_a_model_without_a_key_value_cache_is_refused_in_one_line_that_names_its
     engine = TransformersEngine(model, decode, [EOS], max_batch=4, seed=0, policy_version=0)
     with pytest.raises(UserError, match=r"^rollout.engine=transformers cannot sample .*'mamba'.*; rollout.engine=vllm may serve it$"):
         generate(engine, ([2, 3], SamplingParams(1.0, 4, ())))
+
+
+def made_of(config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4 if p.dim() > 1 else 1)  # so that where a token stands shows
+    return model.eval()
+
+
+SIZES = {"vocab_size": len(VOCABULARY), "hidden_size": 16}
+TWO_LENGTHS = ([2, 3], SamplingParams(1.0, 4, ())), ([2, 3, 4, 5, 6, 7], SamplingParams(1.0, 4, ()))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BloomConfig(**SIZES, n_layer=2, n_head=2),
+        MptConfig(vocab_size=len(VOCABULARY), d_model=16, n_layers=2, n_heads=2),
+        OPTConfig(**SIZES, num_hidden_layers=2, num_attention_heads=2, ffn_dim=32, word_embed_proj_dim=16, max_position_embeddings=64),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_model_that_takes_positions_from_the_mask_is_sampled_as_it_is_without_padding(config):
+    model = made_of(config)
+    engine = TransformersEngine(model, decode, [], max_batch=4, seed=0, policy_version=0)
+    for (prompt, _), completion in zip(TWO_LENGTHS, generate(engine, *TWO_LENGTHS), strict=True):
+        wanted = reference(model, [*prompt, *completion.token_ids])[len(prompt) - 1 : -1]
+        assert completion.logprobs == pytest.approx(wanted.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0].tolist(), abs=1e-4)
+
+
+def test_a_model_that_counts_padding_as_positions_is_refused_in_one_line_that_names_its_kind():
+    layers = {"decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 32, "max_position_embeddings": 64}
+    model = made_of(BartConfig(vocab_size=len(VOCABULARY), d_model=16, **layers))
+    engine = TransformersEngine(model, decode, [], max_batch=4, seed=0, policy_version=0)
+    with pytest.raises(UserError, match=r"^rollout.engine=transformers cannot sample .*'bart'.* counts padding .*$"):
+        generate(engine, *TWO_LENGTHS)
 
 
 def test_a_completions_seed_says_what_it_draws_whatever_shares_the_batch(model):
