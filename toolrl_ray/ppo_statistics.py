@@ -36,7 +36,6 @@ def update_statistics(metrics: dict[str, float], config: RunConfig, num_rows: in
         "ppo/policy/approxkl": metrics.get("ppo/approx_kl", 0.0),
         "ppo/policy/clipfrac": metrics.get("ppo/pg_clipfrac", 0.0),
         "ppo/val/clipfrac": metrics.get("ppo/vf_clipfrac", 0.0),
-        "ppo/val/var_explained": metrics.get("ppo/explained_variance", 0.0),
         "ppo/grad_norm": metrics.get("ppo/grad_norm", 0.0),
         "ppo/num_updates": metrics["ppo/num_updates"],
         "ppo/num_skipped_updates": metrics["ppo/num_skipped_updates"],
@@ -55,6 +54,7 @@ def update_statistics(metrics: dict[str, float], config: RunConfig, num_rows: in
     for name, x in (("ppo/returns", returns), ("ppo/val", values)):
         mean, var = masked_mean_var(x, mask)
         statistics |= {f"{name}/mean": float(mean), f"{name}/var": float(var)}
+    error, var = float(masked_mean((values - returns) ** 2, mask)), statistics["ppo/returns/var"]
     return statistics | {
         "objective/kl_dist": torch.where(mask, old - reference, 0.0).sum(1).cpu().numpy(),  # whatever kl_penalty says, as is objective/kl
         "objective/entropy": float(-old.sum(1).mean()),  # 0 where masked
@@ -63,7 +63,8 @@ def update_statistics(metrics: dict[str, float], config: RunConfig, num_rows: in
         "ppo/mean_non_score_reward": -metrics["objective/kl_coef"] * float(masked_mean(kl, mask)),
         "ppo/policy/advantages": advantages[mask].cpu().numpy(),
         "ppo/policy/advantages_mean": float(masked_mean(advantages, mask)),
-        "ppo/val/error": float(masked_mean((values - returns) ** 2, mask)),
+        "ppo/val/error": error,
+        "ppo/val/var_explained": 1 - error / var if var > 1e-12 else 0.0,  # of the error, as in TRL, so that a constant one counts, too
     }
 
 

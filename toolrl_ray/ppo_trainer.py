@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -24,7 +23,7 @@ from toolrl_ray.config import RunConfig
 from toolrl_ray.errors import ConfigError
 from toolrl_ray.learner.batch import Batch
 from toolrl_ray.learner.lora import adapters_off
-from toolrl_ray.learner.model import PolicyWithValue, leave_nothing_to_chance
+from toolrl_ray.learner.model import PolicyWithValue, eval_mode, leave_nothing_to_chance
 from toolrl_ray.learner.targets import Targets
 from toolrl_ray.learner.update import Learner
 from toolrl_ray.ppo_statistics import row_statistics, update_statistics
@@ -48,6 +47,13 @@ PLACES = {
     "max_microbatch_tokens": ("learner", "max_microbatch_tokens"),
     "temperature": ("rollout", "temperature"),
     "seed": ("", "seed"),
+}
+# What stands for what TRL's trainer takes or has.
+INSTEAD = {
+    **dict.fromkeys(("dataset", "data_collator", "dataloader"), "give step one batch's rows"),
+    **dict.fromkeys(("optimizer", "lr_scheduler"), "it is AdamW at PPOConfig's learning_rate"),
+    "log_stats": "log what step returns",
+    "generate": "TextEnvironment.run samples, as does the model's own generate",
 }
 # Those that go nowhere as they are, and what each is.
 OWN: dict[str, tuple[type, str]] = {
@@ -145,7 +151,9 @@ class PPOTrainer:
     Raises ConfigError for a model that cannot be trained here.
     """
 
-    def __init__(self, config: PPOConfig, model: Any, ref_model: Any = None, tokenizer: Any = None):
+    def __init__(self, config: PPOConfig, model: Any, ref_model: Any = None, tokenizer: Any = None, **others: Any):
+        for name in others:
+            raise ConfigError(_has_no(name))
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self._lm = causal_lm(model)
         reference = _as_it_is_now(self._lm) if ref_model is None else causal_lm(ref_model)
@@ -182,6 +190,9 @@ class PPOTrainer:
             metrics = self._learner.update(rows)
         statistics = update_statistics(metrics, self._learner.config, len(rows), self._learner.seen)
         return statistics | row_statistics(queries, responses, [row.reward for row in rows])
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(_has_no(name))
 
     def save_pretrained(self, directory: str) -> None:
         """The model and, where there is one, its tokenizer as a Hugging Face folder."""
@@ -261,6 +272,10 @@ class _Learner(Learner):
         return targets
 
 
+def _has_no(name: str) -> str:
+    return f"PPOTrainer has no {name}; {INSTEAD.get(name, 'it has step and save_pretrained')}"
+
+
 def causal_lm(model: Any) -> Any:
     """The causal LM that the model is, or holds as `pretrained_model`. Raises ConfigError."""
     lm = getattr(model, "pretrained_model", model)
@@ -276,15 +291,3 @@ def _as_it_is_now(lm: nn.Module) -> nn.Module | None:
     """A copy of lm with its adapters off; None where nothing but adapters is trained, since lm itself then is one whenever they are off."""
     with adapters_off(lm):
         return copy.deepcopy(lm) if any(p.requires_grad for p in lm.parameters()) else None
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module of the model in eval mode, and afterwards each as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

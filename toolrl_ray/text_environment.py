@@ -23,7 +23,8 @@ from toolrl_ray.episode.call_format import TextMarkers
 from toolrl_ray.episode.codec import HFCodec
 from toolrl_ray.episode.loop import Limits, run_episode
 from toolrl_ray.errors import ConfigError
-from toolrl_ray.ppo_trainer import PPOConfig, PPOTrainer, causal_lm, eval_mode
+from toolrl_ray.learner.model import eval_mode
+from toolrl_ray.ppo_trainer import PPOConfig, PPOTrainer, causal_lm
 from toolrl_ray.preflight import max_positions
 from toolrl_ray.rollout.transformers_engine import TransformersEngine
 from toolrl_ray.text_history import TextHistory

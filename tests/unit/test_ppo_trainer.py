@@ -115,6 +115,7 @@ def test_statistics_are_those_of_their_definitions():
         assert statistics[mean] == pytest.approx(rewards.mean()) and statistics[std] == pytest.approx(rewards.std(ddof=1))
     total = statistics["ppo/loss/policy"] + 0.5 * statistics["ppo/loss/value"]
     assert statistics["ppo/loss/total"] == pytest.approx(total)
+    assert statistics["ppo/val/var_explained"] == pytest.approx(1 - statistics["ppo/val/error"] / statistics["ppo/returns/var"])
     assert statistics["tokens/responses_dist"].tolist() == [len(response) for response in responses]
     assert statistics["tokens/queries_len_mean"] == pytest.approx(np.mean([len(query) for query in queries]))
 
@@ -292,6 +293,24 @@ def test_gradients_of_a_step_that_broke_off_or_of_ones_own_are_not_in_the_next(b
     assert any(p.grad is not None and p.grad.any() for p in x.model.parameters())
     assert x.step(*tensors(ROWS))["ppo/grad_norm"] == y.step(*tensors(ROWS))["ppo/grad_norm"]
     assert distance(weights(x.model), weights(y.model)) == 0
+
+
+@pytest.mark.parametrize(
+    "name, instead",
+    [("dataset", "give step one batch's rows"), ("optimizer", "it is AdamW"), ("lr_scheduler", "it is AdamW"), ("num_shared_layers", "")],
+)
+def test_what_trls_trainer_took_and_this_one_does_not_is_refused_in_one_line_with_the_remedy(name, instead):
+    with pytest.raises(ConfigError, match=f"^PPOTrainer has no {name}; {instead}") as refused:
+        PPOTrainer(PPOConfig(), tiny_lm(tokenizer()), **{name: 1})
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name, instead", [("log_stats", "log what step returns"), ("generate", "Text"), ("kl_ctl", "it has step")])
+def test_what_trls_trainer_had_and_this_one_has_not_is_named_with_the_remedy(name, instead):
+    x = trainer()
+    with pytest.raises(AttributeError, match=f"^PPOTrainer has no {name}; {instead}"):
+        getattr(x, name)
+    assert not hasattr(x, name)
 
 
 def test_a_wrapped_model_is_trained_and_saved(tmp_path):

@@ -5,6 +5,8 @@ Letters: B = rows, L = tokens of the longest row, N = selected (trained) tokens,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -127,3 +129,15 @@ def leave_nothing_to_chance(model: nn.Module) -> nn.Module:
         if getattr(module, "gradient_checkpointing", False):
             module.training = True  # its own flag alone: what draws lies further inside
     return model
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module of the model in eval mode, and afterwards each as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
