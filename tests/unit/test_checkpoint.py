@@ -187,6 +187,23 @@ def test_a_refused_one_takes_no_place_among_those_that_stay_however_good_it_was(
     assert committed_steps(tmp_path) == [10, 25]
 
 
+def test_a_refused_one_that_is_done_again_stays(tmp_path: Path) -> None:
+    for step in (1, 2):
+        write(CheckpointStore(tmp_path, 2), step)
+    (tmp_path / "checkpoints" / "step-000002" / "run.json").write_text("{ }")
+    store = CheckpointStore(tmp_path, 1)
+    assert store.newest() == (1, tmp_path / "checkpoints" / "step-000001")
+    write(store, 2, mark="second")
+    assert committed_steps(tmp_path) == [2] and newest_step(tmp_path) == 2
+
+
+def test_a_checkpoint_that_a_kill_left_aside_is_back_before_another_is_begun(tmp_path: Path) -> None:
+    folder = write(CheckpointStore(tmp_path, 2), 4)
+    folder.rename(folder.with_name(".step-000004.replaced"))
+    CheckpointStore(tmp_path, 2).begin(5)
+    assert committed_steps(tmp_path) == [4] and newest_step(tmp_path) == 4
+
+
 def test_a_run_that_went_back_forgets_what_came_later_once_it_has_a_new_one(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, 1, lambda line: None)
     write(store, 20, 0.9)
