@@ -26,6 +26,7 @@ SERVE_ENV = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",  # the flag above would give the first deployment an HTTP server of its own
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),  # the answers of a batch pass 4 MiB, the default
+    "grpc_proxy": "",  # calls stay in the cluster: gRPC would send them to the proxy for the world outside, http_proxy
 }
 os.environ.update(SERVE_ENV)
 

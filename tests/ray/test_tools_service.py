@@ -153,6 +153,14 @@ def test_the_throughput_flag_is_set_in_the_replicas_and_the_controller(caller):
     assert "RAY_SERVE_THROUGHPUT_OPTIMIZED=1" in environment.split("\0")
 
 
+def test_calls_and_replicas_leave_a_proxy_of_the_environment_alone(service):
+    dead = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")  # as gRPC reads it; for the world outside
+    caller = _caller().options(runtime_env={"env_vars": dead}).remote(APP, config())
+    assert [(r.status, r.text) for r in ask(caller, (CALCULATOR, "13.1-3"))] == [(ToolStatus.OK, "10.1")]
+    replica = ray.get(caller.inspect.remote(CALCULATOR), timeout=TIMEOUT_S)["pid"]
+    assert "grpc_proxy=" in Path(f"/proc/{replica}/environ").read_text().split("\0")  # the HTTP face is one, and calls the others
+
+
 def test_a_hung_call_is_released_at_its_deadline_and_costs_other_calls_nothing(caller, tmp_path):
     hung = caller.ask.remote([("Scripted", f"hang {tmp_path}/go", 2.0)] * 3)
     assert [r.text for r in ask(caller, ("Scripted", "a"), (CALCULATOR, "1+1"))] == ["a", "2"]
