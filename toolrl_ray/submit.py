@@ -14,6 +14,7 @@ from typing import Any
 from toolrl_ray.errors import UserError
 
 POLL_S = 1.0
+LOOPBACK = "127.0.0.1,localhost,::1"
 LOST_S = 60.0  # without an answer, after which a job that is waited for is given up
 STOP_WAIT_S = 30  # that a job has to end in after SIGTERM
 
@@ -54,8 +55,16 @@ def job_client(address: str | None) -> tuple[Any, str]:
 
     address = address or os.environ.get("RAY_ADDRESS") or "http://127.0.0.1:8265"
     check_reachable(address)
+    _leave_loopback_unproxied()
     with _told(address):
         return JobSubmissionClient(address), address
+
+
+def _leave_loopback_unproxied() -> None:
+    """The environment's proxies are for the world outside; Ray's client would ask them for this machine, too."""
+    there = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if LOOPBACK not in there:
+        os.environ["no_proxy"] = f"{there},{LOOPBACK}".lstrip(",")
 
 
 def new_job_id() -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import requests
+from ray.dashboard.modules.version import CURRENT_VERSION
 from ray.job_submission import JobStatus
 
 from toolrl_ray import submit, sweep, sweep_cli, sweep_runs
@@ -58,6 +62,33 @@ def test_a_run_of_a_study_starts_where_the_study_was_made(jobs: list[str], tmp_p
     assert isinstance(running := start(runs[0], 0), sweep_runs.JobRun)
     running.kill()
     assert jobs[0].startswith(f"{tmp_path} train calculator ")
+
+
+class Version(BaseHTTPRequestHandler):
+    """All that a client asks a job server when it is made."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"version": CURRENT_VERSION, "ray_version": "2", "ray_commit": "x", "session_name": "s"}).encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_job_server_on_this_machine_is_not_asked_through_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = HTTPServer(("127.0.0.1", 0), Version)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("NO_PROXY", "intra.example")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    try:
+        for _ in range(2):
+            submit.job_client(f"http://127.0.0.1:{server.server_port}")
+        assert os.environ["no_proxy"] == "intra.example,127.0.0.1,localhost,::1"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 class Lossy:
