@@ -15,7 +15,7 @@ from typing import Any
 
 from toolrl_ray.config import LearnerConfig, RolloutConfig, RunConfig
 from toolrl_ray.errors import PlacementError, UserError
-from toolrl_ray.local_ray import own_sigterm, start_local
+from toolrl_ray.local_ray import cluster_address, own_sigterm, start_local
 from toolrl_ray.parts import Parts
 from toolrl_ray.placement import check, plan, reserve
 from toolrl_ray.run_dir import write_whole
@@ -36,7 +36,7 @@ def connect(config: RunConfig, say: Callable[[str], None], *, learner: bool = Tr
 
     Raises PlacementError when it cannot hold the plan, and UserError when there is no cluster at RAY_ADDRESS.
     """
-    reach(os.environ.get("RAY_ADDRESS"), say, verbose=verbose)
+    reach(cluster_address(), say, verbose=verbose)
     import ray
 
     check(plan(config, learner=learner), ray.cluster_resources(), [n["Resources"] for n in ray.nodes() if n["Alive"]])
@@ -117,7 +117,7 @@ def ray_parts(config: RunConfig, policy_dir: str, say: Callable[[str], None], *,
     def close() -> None:
         import ray
 
-        is_shared = bool(os.environ.get("RAY_ADDRESS"))
+        is_shared = cluster_address() is not None
         if weights:
             weights.close()
         undos = [(f"actor {actor}", lambda actor=actor: ray.kill(actor)) for actor in [*rollout_actors, *learners]]
@@ -166,7 +166,7 @@ def _own_app(run_dir: str | None, say: Callable[[str], None]) -> str:
     from tools_service.serve_app import ServiceError
 
     name = f"toolrl-{uuid.uuid4().hex[:8]}"
-    if run_dir and os.environ.get("RAY_ADDRESS"):
+    if run_dir and cluster_address():
         note = Path(run_dir) / TOOLS_NOTE
         if note.exists():
             say("removing the tools that the run had when it was interrupted, if they are still there")

@@ -1,4 +1,4 @@
-"""A Ray of one's own on this machine."""
+"""A Ray of one's own on this machine, and whether one is meant."""
 
 from __future__ import annotations
 
@@ -18,6 +18,12 @@ from toolrl_ray.errors import UserError
 
 TRIES = 3
 END_S = 10.0
+
+
+def cluster_address(given: str | None = None) -> str | None:
+    """The cluster that is `given`, or else RAY_ADDRESS; None where that is a Ray of one's own: "local", as for Ray itself, or nothing."""
+    address = given or os.environ.get("RAY_ADDRESS")
+    return None if address in ("", "local") else address
 
 
 def start_local(say: Callable[[str], None] = lambda _: None, **options: Any) -> None:

@@ -10,6 +10,7 @@ from toolrl_ray.config import RunConfig
 from toolrl_ray.device import torch_device
 from toolrl_ray.episode.codec import HFCodec
 from toolrl_ray.errors import ConfigError, MissingDependency
+from toolrl_ray.local_ray import cluster_address
 from toolrl_ray.pretrained import check_weights, load_config
 from toolrl_ray.types import Task
 from tools_service.runner import ToolInfo, is_search
@@ -56,9 +57,9 @@ def check_packages(config: RunConfig, *, in_process: bool, learner: bool) -> Non
     needed = ["torch", "transformers"]
     if not in_process:
         needed.append("ray")
-        if not os.environ.get("RAY_ADDRESS"):
+        if not cluster_address():
             needed += ["vllm"] * (config.rollout.engine == "vllm") + ["deepspeed"] * learner
-    if learner and config.policy.lora and (in_process or not os.environ.get("RAY_ADDRESS")):
+    if learner and config.policy.lora and (in_process or not cluster_address()):
         needed.append("peft")
     for package in needed:
         if importlib.util.find_spec(package) is None:
@@ -83,7 +84,7 @@ def check_index(config: RunConfig, *, in_process: bool) -> None:
     from tools_service.search.searcher import local_folder
 
     tools = config.tools
-    if tools.app is not None or (os.environ.get("RAY_ADDRESS") and not in_process):
+    if tools.app is not None or (cluster_address() and not in_process):
         return
     for name in (name for name in tools.names if is_search(name, tools.custom.get(name))):
         try:

@@ -48,12 +48,13 @@ def job_client(address: str | None) -> tuple[Any, str]:
     Raises UserError when no job server answers there.
     """
     from toolrl_ray.cluster import check_reachable, show_token
+    from toolrl_ray.local_ray import cluster_address
 
     if (Path.home() / ".ray" / "auth_token").is_file() and "RAY_AUTH_MODE" not in os.environ:
         show_token()  # `ray start` turns it on where a token lies, its client does not
     from ray.job_submission import JobSubmissionClient
 
-    address = address or os.environ.get("RAY_ADDRESS") or "http://127.0.0.1:8265"
+    address = cluster_address(address) or "http://127.0.0.1:8265"
     check_reachable(address)
     _leave_loopback_unproxied()
     with _told(address):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
-import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -129,12 +128,12 @@ def _check_cwd(study: Any, folder: Path) -> None:
 def _machine(options: argparse.Namespace, study: Any, folder: Path, runs: list[Any]) -> tuple[Any, int]:
     """How a run is started here, and how many at once. With RAY_ADDRESS set, the runs work on that cluster."""
     from toolrl_ray import sweep_runs
+    from toolrl_ray.local_ray import cluster_address
     from toolrl_ray.placement import plan
 
     _check_cwd(study, folder)
     config = _largest(runs)
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
+    if address := cluster_address():
         from toolrl_ray.submit import cluster_nodes
 
         nodes, gpus = (cluster_nodes(address) if options.jobs is None else []), []

@@ -76,6 +76,7 @@ def _number(kind: type, least: float) -> Callable[[str], Any]:
 def serve_tools(options: argparse.Namespace) -> int:
     from toolrl_ray import tools_serving
     from toolrl_ray.cli import say
+    from toolrl_ray.local_ray import cluster_address
     from tools_service.config import HttpConfig
 
     config = service_config(options.config)
@@ -85,7 +86,7 @@ def serve_tools(options: argparse.Namespace) -> int:
     if not 1 <= chosen.get("port", 1) <= 65535:
         raise UserError(f"--port={options.port} must be from 1 to 65535")
     http = None if options.no_http else (config.http or HttpConfig()).model_copy(update=chosen)
-    if address := options.address or os.environ.get("RAY_ADDRESS"):
+    if address := cluster_address(options.address):
         tools_serving.serve_on_cluster(config, http, address, say, options.verbose)
     else:
         tools_serving.serve_here(config, http, say, options.verbose)
@@ -95,8 +96,9 @@ def serve_tools(options: argparse.Namespace) -> int:
 def stop_tools(options: argparse.Namespace) -> int:
     from toolrl_ray import tools_serving
     from toolrl_ray.cli import say
+    from toolrl_ray.local_ray import cluster_address
 
-    address = options.address or os.environ.get("RAY_ADDRESS")
+    address = cluster_address(options.address)
     if not address:
         raise UserError("which cluster? name it with --address HOST:PORT; a service that was started here ends with Ctrl-C")
     tools_serving.stop(options.app, address, say, options.verbose)

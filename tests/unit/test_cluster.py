@@ -1,4 +1,4 @@
-"""The tools of a run that is interrupted while they start: whatever the thread that starts them does, none stays on the cluster."""
+"""Which cluster a run is for, and the tools of one that is interrupted while they start: none stays there, whatever their thread does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from toolrl_ray import cluster
+from toolrl_ray import cluster, preflight
+from toolrl_ray.errors import MissingDependency
 from toolrl_ray.recipe import load
 
 
@@ -114,3 +115,20 @@ def test_a_run_that_goes_on_removes_the_tools_that_it_left_on_a_shared_cluster(t
     monkeypatch.delenv("RAY_ADDRESS")
     cluster._own_app(str(tmp_path), print)  # a local Ray has died with its driver
     assert stopped == [first]
+
+
+@pytest.mark.parametrize("address", ["", "local"])
+def test_an_address_that_says_local_is_no_cluster(address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    started: list[str] = []
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(cluster, "start_local", lambda *_, **__: started.append("a Ray of one's own"))
+    monkeypatch.setattr(cluster, "check", lambda *_: None)
+    monkeypatch.setattr("ray.cluster_resources", dict)
+    monkeypatch.setattr("ray.nodes", list)
+    cluster.connect(load("calculator"), print)
+    assert started == ["a Ray of one's own"]
+    cluster._own_app(str(tmp_path), print)
+    assert not (tmp_path / cluster.TOOLS_NOTE).exists()
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: None if package == "vllm" else package)
+    with pytest.raises(MissingDependency, match="^vllm is not installed"):
+        preflight.check_packages(load("calculator"), in_process=False, learner=True)

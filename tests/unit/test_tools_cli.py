@@ -183,6 +183,15 @@ def test_a_port_that_is_taken_is_refused_before_ray_starts(capsys: pytest.Captur
     assert capsys.readouterr().err == expected
 
 
+@pytest.mark.parametrize(("given", "environment"), [("", "local"), ("", ""), (" --address local", "127.0.0.1:9")])
+def test_an_address_that_says_local_is_no_cluster(given: str, environment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", environment)
+    served: list[str] = []
+    monkeypatch.setattr("toolrl_ray.tools_serving.serve_here", lambda *_: served.append("here"))
+    assert run(f"tools serve{given}") == 0 and served == ["here"]
+    assert run(f"tools stop{given}") == 2
+
+
 def test_a_cluster_that_does_not_answer_is_named_at_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     for command in ("tools serve", "tools stop"):
