@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shlex
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -36,6 +38,8 @@ def start_local(say: Callable[[str], None] = lambda _: None, **options: Any) -> 
 
     _have_token()
     options = {"address": "local", "include_dashboard": False, **options}
+    if (python := shlex.quote(sys.executable)) != sys.executable:  # a path with a space: Ray puts it into a shell's command line as it is
+        options["runtime_env"] = {"py_executable": python}
     for left in reversed(range(TRIES)):
         before = set(_children())
         try:
