@@ -148,12 +148,10 @@ def _start(config: ServiceConfig, factories: Mapping[str, Factory], http: HttpCo
 
 def _serve_controller() -> str | None:
     """The id of Serve's controller, where Serve runs on the cluster."""
-    import ray
+    from tools_service import serve_app
 
-    try:
-        return ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")._actor_id.hex()
-    except ValueError:
-        return None
+    controller = serve_app.controller()
+    return None if controller is None else controller._actor_id.hex()
 
 
 def _find_serve(http: HttpConfig | None, say: Say) -> bool:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 import os
 import re
+import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +78,7 @@ def start(
     if sum(pool.min_replicas * pool.num_cpus for pool in plan.values()) > total:
         raise ServiceError(f"{_wanted(plan)}; the cluster has {total:g} in all")
     deadline = time.monotonic() + start_timeout_s
-    _start_serve(http)
+    _start_serve(http, start_timeout_s)
     _check_connected()
     if _state(app_name)[0] not in ("NOT_STARTED", "DEPLOY_FAILED"):
         raise ServiceError(f"an application {app_name!r} runs on this cluster already; stop it or choose another name")
@@ -156,16 +158,16 @@ def app(args: dict[str, Any]) -> Any:
     return _application(tools, {name: config.pool(name) for name in config.names}, config.http is not None)
 
 
-def _start_serve(http: HttpConfig | None) -> None:
-    """Starts Serve on the cluster unless it runs. Raises ServiceError where it runs without the HTTP proxy that is asked for."""
+def _start_serve(http: HttpConfig | None, timeout_s: float) -> None:
+    """Starts Serve on the cluster unless it runs. Raises ServiceError where that takes longer, and where it runs without the HTTP proxy
+    that is asked for."""
     from ray import serve
 
-    environment = {"runtime_env": {"env_vars": SERVE_ENV}}
     if http is None:
-        serve.start(proxy_location="Disabled", controller_options=environment)
+        _start_controller(timeout_s, proxy_location="Disabled")
         return
     asked = {"host": http.host, "port": http.port}
-    serve.start(proxy_location="HeadOnly", http_options=asked, controller_options=environment)
+    _start_controller(timeout_s, proxy_location="HeadOnly", http_options=asked)
     there = serve.context._get_global_client().http_config  # what Serve on this cluster was started with first
     if not serve.status().proxies:
         raise ServiceError("Serve runs on this cluster without its HTTP proxy already; end it there (serve shutdown) or leave http out")
@@ -176,6 +178,43 @@ def _start_serve(http: HttpConfig | None) -> None:
         if time.monotonic() > deadline:
             raise ServiceError(f"Serve's HTTP proxy does not come up at {http.host}:{http.port}; is the port taken? choose another")
         time.sleep(POLL_S)
+
+
+def _start_controller(timeout_s: float, **options: Any) -> None:
+    """In a thread, since Serve waits without end. A controller that does not come up is removed: whoever asks Serve for anything would
+    wait for it, too."""
+    import ray
+    from ray import serve
+
+    was_there, started = controller() is not None, Future[None]()
+
+    def start() -> None:
+        try:
+            serve.start(controller_options={"runtime_env": {"env_vars": SERVE_ENV}}, **options)
+            started.set_result(None)
+        except BaseException as error:
+            started.set_exception(error)
+
+    threading.Thread(target=start, name="serve-start", daemon=True).start()
+    try:
+        started.result(timeout_s)
+    except TimeoutError as error:  # or Serve's own, of its HTTP proxy
+        if not was_there and (it := controller()) is not None:
+            ray.kill(it)
+        raise ServiceError(
+            f"Ray Serve's controller does not start within {timeout_s:g} s{f': {error}' if str(error) else ''}; "
+            "does the cluster start any worker process? see the logs of its nodes (/tmp/ray/session_latest/logs)"
+        ) from None
+
+
+def controller() -> Any:
+    """Serve's, where it runs on the cluster or is about to; else None."""
+    import ray
+
+    try:
+        return ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return None
 
 
 def _application(tools: Mapping[str, Factory], plan: Mapping[str, PoolConfig], with_http: bool) -> Any:

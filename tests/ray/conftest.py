@@ -13,6 +13,7 @@ from tools_service import serve_app
 from tools_service.config import HttpConfig
 
 NUM_CPUS = 4  # as Ray counts them, whatever the machine has
+START_S = 120.0
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +24,7 @@ def cluster():
         http = HttpConfig(port=free.getsockname()[1])
     start_local(num_cpus=NUM_CPUS, namespace=f"tools-{uuid.uuid4().hex}", log_to_driver=False)
     try:
-        serve_app._start_serve(http)
+        serve_app._start_serve(http, START_S)
         yield http
     finally:
         ray.shutdown()
