@@ -44,6 +44,13 @@ def test_a_build_shows_its_progress_and_what_it_made(built):
     assert toolrl("index", "info", out).stdout == done.stdout
 
 
+def test_names_that_are_not_ascii_need_no_locale(corpus: Path, tmp_path: Path):
+    out = tmp_path / "wïki"
+    done = toolrl("index", "build", corpus, out, LC_ALL="POSIX")
+    assert done.returncode == 0, done.stderr
+    assert f"{out}\n" in toolrl("index", "info", out, LC_ALL="POSIX").stdout
+
+
 def test_a_build_overwrites_nothing_and_leaves_nothing_of_a_bad_corpus(built, corpus: Path):
     out, _ = built
     again = toolrl("index", "build", corpus, out)

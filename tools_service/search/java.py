@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def java_version(home: Path) -> int | None:
 def start_jvm(heap_mib: int = DEFAULT_HEAP_MIB) -> None:
     """Starts the JVM with a heap of at most `heap_mib` MiB; does nothing where one runs already (there can be only one).
 
-    Sets JAVA_HOME and JVM_PATH in this process's environment. Raises JavaUnavailable.
+    Sets JAVA_HOME and JVM_PATH, and LC_ALL where that has to name UTF-8, in this process's environment. Raises JavaUnavailable.
     """
     global _heap_mib
     with _lock:
@@ -80,6 +81,8 @@ def start_jvm(heap_mib: int = DEFAULT_HEAP_MIB) -> None:
 
         if not jnius_config.vm_running:
             home = find_java()
+            if sys.flags.utf8_mode:  # names are UTF-8 for Python, whatever the locale says, by which the JVM goes: ASCII in "C"
+                os.environ["LC_ALL"] = "C.UTF-8"
             os.environ["JAVA_HOME"], os.environ["JVM_PATH"] = str(home), str(_libjvm(home))
             jnius_config.set_classpath(str(anserini_jar()))
             jnius_config.set_options(*jvm_options(heap_mib))
