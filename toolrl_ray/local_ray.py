@@ -11,12 +11,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import psutil
 
 from toolrl_ray.errors import UserError
+from toolrl_ray.home import home
 
 TRIES = 3
 END_S = 10.0
@@ -88,12 +88,12 @@ def own_sigterm() -> Iterator[None]:
 
 def _have_token() -> None:
     """Ray makes a token and keeps it in ~/.ray, without which it does not start: where nothing can be kept there, this process's own."""
-    try:
-        folder = Path.home() / ".ray"
-        folder.mkdir(exist_ok=True)
-        is_kept = os.access(folder, os.W_OK)
-    except (OSError, RuntimeError):
-        is_kept = False
+    is_kept = False
+    if own := home():
+        folder = own / ".ray"
+        with contextlib.suppress(OSError):
+            folder.mkdir(exist_ok=True)
+            is_kept = os.access(folder, os.W_OK)
     if not is_kept and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 

@@ -8,10 +8,10 @@ import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from toolrl_ray.errors import UserError
+from toolrl_ray.home import home
 
 POLL_S = 1.0
 LOOPBACK = "127.0.0.1,localhost,::1"
@@ -50,7 +50,7 @@ def job_client(address: str | None) -> tuple[Any, str]:
     from toolrl_ray.cluster import check_reachable, show_token
     from toolrl_ray.local_ray import cluster_address
 
-    if (Path.home() / ".ray" / "auth_token").is_file() and "RAY_AUTH_MODE" not in os.environ:
+    if (folder := home()) and (folder / ".ray" / "auth_token").is_file() and "RAY_AUTH_MODE" not in os.environ:
         show_token()  # `ray start` turns it on where a token lies, its client does not
     from ray.job_submission import JobSubmissionClient
 

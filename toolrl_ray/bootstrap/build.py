@@ -25,6 +25,7 @@ from toolrl_ray.bootstrap.mixed import Mixed
 from toolrl_ray.config import RunConfig
 from toolrl_ray.config_task import TaskSource
 from toolrl_ray.errors import ConfigError
+from toolrl_ray.home import home
 from toolrl_ray.pretrained import share_weights
 from toolrl_ray.tasks.module import task_module
 
@@ -38,8 +39,12 @@ DEFAULT_DEMONSTRATIONS = "toolrl_ray.bootstrap.calculator"
 
 
 def cache_dir() -> Path:
-    """$TOOLRL_CACHE, or ~/.cache/toolrl."""
-    return Path(os.environ.get("TOOLRL_CACHE") or Path.home() / ".cache" / "toolrl").expanduser()
+    """$TOOLRL_CACHE, or ~/.cache/toolrl. Raises ConfigError where there is neither."""
+    if named := os.environ.get("TOOLRL_CACHE"):
+        return Path(named).expanduser()
+    if folder := home():
+        return folder / ".cache" / "toolrl"
+    raise ConfigError("there is no home folder for the cache; set HOME, or TOOLRL_CACHE to a folder")
 
 
 def ensure_tiny_policy(config: RunConfig, log: Callable[[str], None] = print) -> Path:

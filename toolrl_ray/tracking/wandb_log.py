@@ -18,6 +18,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from toolrl_ray.config import RunConfig
+from toolrl_ray.home import home
 from toolrl_ray.run_dir import write_whole
 from toolrl_ray.types import SegmentKind, Trajectory
 
@@ -35,8 +36,9 @@ def logged_in() -> bool:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
-    named = os.environ.get("NETRC")
-    for path in [Path(named)] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]:
+    named, folder = os.environ.get("NETRC"), home()
+    own = [folder / ".netrc", folder / "_netrc"] if folder else []
+    for path in [Path(named)] if named else own:
         try:
             if netrc.netrc(path).hosts.get(host):
                 return True
