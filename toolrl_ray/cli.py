@@ -46,6 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if isinstance(error, BrokenPipeError) and cli_output.reader_has_gone():
             code = EXIT_PIPE
+        elif error.errno == errno.EIO and cli_output.reader_has_gone():  # a terminal that was closed: SIGHUP is on its way, or was here
+            code = EXIT_TERMINATED
         elif error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno in REFUSALS and error.filename):
             code = _end(f"{error.strerror}{f': {error.filename!r}' if error.filename else ''}", EXIT_ERROR, error)
         else:

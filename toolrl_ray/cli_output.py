@@ -8,7 +8,7 @@ import sys
 
 
 def reader_has_gone() -> bool:
-    """Whether stdout or stderr is a pipe that nobody reads any more."""
+    """Whether stdout or stderr is a pipe that nobody reads any more, or a terminal that was closed."""
     poll = select.poll()
     try:
         for stream in (sys.stdout, sys.stderr):

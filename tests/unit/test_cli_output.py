@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pty
 import shlex
 import subprocess
 import sys
@@ -60,6 +61,16 @@ def test_a_reader_that_has_had_enough_ends_a_command_quietly(command: str, unbuf
         assert told(command, writer, PYTHONUNBUFFERED=unbuffered) == (141, "")
     finally:
         os.close(writer)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_terminal_that_was_closed_ends_a_command_quietly(unbuffered: str) -> None:
+    screen, terminal = pty.openpty()
+    os.close(screen)
+    try:
+        assert told("tools list --local", terminal, PYTHONUNBUFFERED=unbuffered) == (143, "")
+    finally:
+        os.close(terminal)
 
 
 @pytest.mark.parametrize(
