@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from toolrl_ray import cli_output, eval_cli, sweep_cli, tools_cli
-from toolrl_ray.cli_parser import EXIT_USER, Parser
+from toolrl_ray.cli_parser import EXIT_USER, Parser, Version
 from toolrl_ray.errors import MissingDependency, PlacementError, ToolRLError, UserError
 
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PIPE, EXIT_TERMINATED = 1, 130, 141, 143
@@ -117,6 +117,7 @@ def _on_sigterm(signum: int, frame: Any) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="toolrl", description="Teach language models to use tools by reinforcement learning.")
+    parser.add_argument("--version", action=Version)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def group(name: str, text: str) -> Any:
@@ -148,8 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--no-wait", action="store_true", help="do not follow the job's output")
     tools_cli.add_commands(partial(command, recipe=False), group)
     sweep_cli.add_commands(partial(command, recipe=False), say)
-    doctor = command("doctor", _doctor, "Show what this machine can run, and how to close each gap.", recipe=False)
-    doctor.set_defaults(recipe=None)
+    command("doctor", _doctor, "Show what this machine can run, and how to close each gap.", recipe=False).set_defaults(recipe=None)
     return parser
 
 

@@ -19,6 +19,19 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_USER, f"toolrl: {message}; see {self.prog} --help\n")
 
 
+class Version(argparse.Action):
+    """Looked up when it is asked for."""
+
+    def __init__(self, option_strings: list[str], dest: str):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help="show the version and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib import metadata
+
+        print(f"toolrl {metadata.version('toolrl-ray')}")
+        parser.exit()
+
+
 def _filled(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError(f"{text!r} is empty; give a value, or take the option away")

@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import traceback
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -283,6 +284,11 @@ def test_a_run_that_is_under_way_is_not_resumed(scripted: ScriptedParts, folder:
     assert start() == 0
     assert set(codes) == {2}
     assert f"the run is under way in process {os.getpid()} on " in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"toolrl {metadata.version('toolrl-ray')}\n"
 
 
 @pytest.mark.parametrize("where", ["in Python", "in a wait of Ray's"])
