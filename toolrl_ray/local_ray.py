@@ -48,8 +48,10 @@ def start_local(say: Callable[[str], None] = lambda _: None, **options: Any) -> 
         except Exception as error:  # of no class of its own
             _end(set(_children()) - before)
             reason = " ".join(str(error).split())[:200]
-            if not left:
-                raise UserError(f"a local Ray does not start: {reason}") from None
+            too_long = "AF_UNIX path length" in reason
+            remedy = "; set TMPDIR or RAY_TMPDIR to a folder with a shorter name, such as /tmp" if too_long else ""
+            if remedy or not left:
+                raise UserError(f"a local Ray does not start: {reason}{remedy}") from None
             say(f"Ray did not start ({reason}): trying again")
         else:
             return

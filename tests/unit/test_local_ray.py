@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -56,6 +57,15 @@ def test_a_ray_that_never_starts_is_one_line(monkeypatch) -> None:
     assert len(slow.left) == len(slow.options) == local_ray.TRIES
     for process in slow.left:
         process.wait(5)
+
+
+def test_a_temporary_folder_with_too_long_a_name_is_one_line_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (long := tmp_path / ("x" * 100)).mkdir()
+    monkeypatch.setenv("RAY_TMPDIR", str(long))
+    said: list[str] = []
+    with pytest.raises(UserError, match="set TMPDIR or RAY_TMPDIR to a folder with a shorter name, such as /tmp"):
+        local_ray.start_local(said.append, num_cpus=1, logging_level=40)
+    assert said == []
 
 
 def test_sigterm_is_this_processes_own_also_while_ray_starts(monkeypatch) -> None:
