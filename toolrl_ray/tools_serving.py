@@ -148,10 +148,9 @@ def _start(config: ServiceConfig, factories: Mapping[str, Factory], http: HttpCo
 
 def _serve_controller() -> str | None:
     """The id of Serve's controller, where Serve runs on the cluster."""
-    from tools_service import serve_app
+    from tools_service.serve_start import controller
 
-    controller = serve_app.controller()
-    return None if controller is None else controller._actor_id.hex()
+    return None if (it := controller()) is None else it._actor_id.hex()
 
 
 def _find_serve(http: HttpConfig | None, say: Say) -> bool:

@@ -1,49 +1,32 @@
 """The tools as a Ray Serve application: one deployment per tool, named as the tool. Needs ray[serve] and nothing of the training side.
 
-Serve runs with RAY_SERVE_THROUGHPUT_OPTIMIZED=1. The flag is read once, when `ray.serve` is imported, in every process that
-takes part: it is set here for this process and handed to the controller and to the replicas as their runtime environment.
 Serve's HTTP proxy stays off unless HTTP is asked for: calls come through deployment handles.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import re
-import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from tools_service.gateway import HTTP_IN_FLIGHT
 from tools_service.runner import GATEWAY, Factory, tool_factories
 from tools_service.serve_replica import END_OF_REASON, START_FAILED, HttpDeployment, ToolDeployment
+from tools_service.serve_start import SERVE_ENV, ServiceError, start_serve
 
 if TYPE_CHECKING:
     from tools_service.config import HttpConfig, PoolConfig
-
-SERVE_ENV = {
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",  # the flag above would give the first deployment an HTTP server of its own
-    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),  # the answers of a batch pass 4 MiB, the default
-    "grpc_proxy": "",  # calls stay in the cluster: gRPC would send them to the proxy for the world outside, http_proxy
-}
-os.environ.update(SERVE_ENV)
 
 DEFAULT_APP = "tools"
 HTTP_QUEUED = 4096  # more of them, in the proxy: what comes at once passes through here too. As many as wait for a pool; the rest is 503
 HTTP_RETRY_AFTER_S = 1
 POLL_S = 0.1
-PROXY_TIMEOUT_S = 30.0
 DRAIN_POLL_S = 0.2  # how often a replica that drains looks whether it is idle
 LOOK_BACK_S = 3.0  # over which requests in flight are averaged
 REMOVE_S = 60.0  # in which Serve has to remove an application that has drained
-
-
-class ServiceError(Exception):
-    """The service could not be started, found or removed; the message is one line that names what is missing."""
 
 
 class ToolStartError(ServiceError):
@@ -78,7 +61,7 @@ def start(
     if sum(pool.min_replicas * pool.num_cpus for pool in plan.values()) > total:
         raise ServiceError(f"{_wanted(plan)}; the cluster has {total:g} in all")
     deadline = time.monotonic() + start_timeout_s
-    _start_serve(http, start_timeout_s)
+    start_serve(http, start_timeout_s)
     _check_connected()
     if _state(app_name)[0] not in ("NOT_STARTED", "DEPLOY_FAILED"):
         raise ServiceError(f"an application {app_name!r} runs on this cluster already; stop it or choose another name")
@@ -156,65 +139,6 @@ def app(args: dict[str, Any]) -> Any:
     config = parse(args, "args")
     tools = tool_factories(config.names, config.custom, config.options)
     return _application(tools, {name: config.pool(name) for name in config.names}, config.http is not None)
-
-
-def _start_serve(http: HttpConfig | None, timeout_s: float) -> None:
-    """Starts Serve on the cluster unless it runs. Raises ServiceError where that takes longer, and where it runs without the HTTP proxy
-    that is asked for."""
-    from ray import serve
-
-    if http is None:
-        _start_controller(timeout_s, proxy_location="Disabled")
-        return
-    asked = {"host": http.host, "port": http.port}
-    _start_controller(timeout_s, proxy_location="HeadOnly", http_options=asked)
-    there = serve.context._get_global_client().http_config  # what Serve on this cluster was started with first
-    if not serve.status().proxies:
-        raise ServiceError("Serve runs on this cluster without its HTTP proxy already; end it there (serve shutdown) or leave http out")
-    if (there.host, there.port) != (http.host, http.port):
-        raise ServiceError(f"Serve's HTTP proxy runs at {there.host}:{there.port} on this cluster already; ask for that address")
-    deadline = time.monotonic() + PROXY_TIMEOUT_S
-    while not any(str(status.value) == "HEALTHY" for status in serve.status().proxies.values()):
-        if time.monotonic() > deadline:
-            raise ServiceError(f"Serve's HTTP proxy does not come up at {http.host}:{http.port}; is the port taken? choose another")
-        time.sleep(POLL_S)
-
-
-def _start_controller(timeout_s: float, **options: Any) -> None:
-    """In a thread, since Serve waits without end. A controller that does not come up is removed: whoever asks Serve for anything would
-    wait for it, too."""
-    import ray
-    from ray import serve
-
-    was_there, started = controller() is not None, Future[None]()
-
-    def start() -> None:
-        try:
-            serve.start(controller_options={"runtime_env": {"env_vars": SERVE_ENV}}, **options)
-            started.set_result(None)
-        except BaseException as error:
-            started.set_exception(error)
-
-    threading.Thread(target=start, name="serve-start", daemon=True).start()
-    try:
-        started.result(timeout_s)
-    except TimeoutError as error:  # or Serve's own, of its HTTP proxy
-        if not was_there and (it := controller()) is not None:
-            ray.kill(it)
-        raise ServiceError(
-            f"Ray Serve's controller does not start within {timeout_s:g} s{f': {error}' if str(error) else ''}; "
-            "does the cluster start any worker process? see the logs of its nodes (/tmp/ray/session_latest/logs)"
-        ) from None
-
-
-def controller() -> Any:
-    """Serve's, where it runs on the cluster or is about to; else None."""
-    import ray
-
-    try:
-        return ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
-    except ValueError:
-        return None
 
 
 def _application(tools: Mapping[str, Factory], plan: Mapping[str, PoolConfig], with_http: bool) -> Any:

@@ -9,8 +9,8 @@ import pytest
 import ray
 
 from toolrl_ray.local_ray import start_local
-from tools_service import serve_app
 from tools_service.config import HttpConfig
+from tools_service.serve_start import start_serve
 
 NUM_CPUS = 4  # as Ray counts them, whatever the machine has
 START_S = 120.0
@@ -24,7 +24,7 @@ def cluster():
         http = HttpConfig(port=free.getsockname()[1])
     start_local(num_cpus=NUM_CPUS, namespace=f"tools-{uuid.uuid4().hex}", log_to_driver=False)
     try:
-        serve_app._start_serve(http, START_S)
+        start_serve(http, START_S)
         yield http
     finally:
         ray.shutdown()

@@ -23,7 +23,7 @@ finally:
 NO_WORKER = """
 import ray
 from toolrl_ray.local_ray import start_local
-from tools_service import serve_app
+from tools_service import serve_app, serve_start
 from tools_service.calculator import SimpleCalculatorTool
 
 start_local(num_cpus=1, log_to_driver=False, runtime_env={"py_executable": "sleep 30;"})
@@ -31,7 +31,7 @@ try:
     serve_app.start({"SimpleCalculatorTool": SimpleCalculatorTool}, start_timeout_s=2)
 except serve_app.ServiceError as error:
     print(error)
-    print(serve_app.controller())
+    print(serve_start.controller())
     serve_app.shutdown(wait=False)
 finally:
     ray.shutdown()

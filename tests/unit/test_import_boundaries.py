@@ -27,6 +27,7 @@ ALLOWED = {
         "toolrl_ray/learner/group.py",
         "toolrl_ray/weights/client.py",
         "tools_service/serve_app.py",
+        "tools_service/serve_start.py",
         "tools_service/serve_handles.py",
         "tools_service/serve_replica.py",
         "tools_service/serve_router.py",
