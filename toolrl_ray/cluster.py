@@ -28,6 +28,7 @@ SEED_STRIDE = 1_000_003  # between the engines of one run: further apart than th
 CONNECT_S = 10.0
 REMOVE_S, REMOVE_POLL_S, END_S = 30.0, 0.2, 1.0
 TOOLS_NOTE = ".tools"  # in a run folder: the name of the run's tools on a cluster that it does not own
+ACTORS_CLOSE_S = 1.0
 CLOSE_S, CLOSE_LOCAL_S = 60.0, 5.0  # for each of a run's parts to be taken down
 
 
@@ -120,7 +121,8 @@ def ray_parts(config: RunConfig, policy_dir: str, say: Callable[[str], None], *,
         is_shared = cluster_address() is not None
         if weights:
             weights.close()
-        undos = [(f"actor {actor}", lambda actor=actor: ray.kill(actor)) for actor in [*rollout_actors, *learners]]
+        undos = [("the engines' files", lambda: _close(rollout_actors))]
+        undos += [(f"actor {actor}", lambda actor=actor: ray.kill(actor)) for actor in [*rollout_actors, *learners]]
         if is_shared:  # a Ray of one's own ends anyway, and all that runs on it
             undos.append(("the placement group", lambda: ray.util.remove_placement_group(group)))
             if not config.tools.app:  # first: Serve is detached and would outlive this job, the actors would not
@@ -157,6 +159,13 @@ def ray_parts(config: RunConfig, policy_dir: str, say: Callable[[str], None], *,
         close()
         raise
     return Parts(pool, learner_group, weights, close)
+
+
+def _close(rollout_actors: list[Any]) -> None:
+    """Before they are killed; one that is starting or hangs is not waited for."""
+    import ray
+
+    ray.wait([actor.close.remote() for actor in rollout_actors], num_returns=len(rollout_actors), timeout=ACTORS_CLOSE_S)
 
 
 def _own_app(run_dir: str | None, say: Callable[[str], None]) -> str:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def test_an_interrupted_run_ends_soon_and_leaves_no_process(
 ) -> None:
     run_dir = tmp_path / "run"
     cache = str(tmp_path_factory.getbasetemp() / "cache")
-    environment = {**os.environ, "TOOLRL_CACHE": cache, "PYTHONUNBUFFERED": "1"}
+    temporary = tempfile.TemporaryDirectory(prefix="toolrl-")  # short: sockets have short names
+    environment = {**os.environ, "TOOLRL_CACHE": cache, "PYTHONUNBUFFERED": "1", "TMPDIR": temporary.name}
     environment.pop("RAY_ADDRESS", None)
     overrides = [f"run_dir={run_dir}", *SMALL, "train.num_steps=100", f"rollout.engine={engine}"]
     process = subprocess.Popen(
@@ -62,3 +64,6 @@ def test_an_interrupted_run_ends_soon_and_leaves_no_process(
     _, left = psutil.wait_procs(family, timeout=30)
     assert [p for p in left if p.name() != "wandb-core"] == []
     assert run_dir.exists() == keeps_folder
+    if keeps_folder:  # an engine that is in mid-start is killed as it is
+        assert [name for name in os.listdir(temporary.name) if not name.startswith(("ray", "torchinductor_"))] == []
+    temporary.cleanup()

@@ -14,14 +14,14 @@ from tests.stack.test_weight_sync import make_policy
 from toolrl_ray.config import RunConfig
 from toolrl_ray.errors import RolloutError, UserError
 from toolrl_ray.rollout import vllm_engine
-from toolrl_ray.rollout.engine_core import LastWords
-from toolrl_ray.rollout.vllm_engine import VLLMEngine, _check_platform, _set_environment
+from toolrl_ray.rollout.engine_core import LastWords, set_environment
+from toolrl_ray.rollout.vllm_engine import VLLMEngine, _check_platform
 
 
 @pytest.fixture(autouse=True)
 def environment() -> None:
     """As an engine sets it before it imports vLLM: the engines of other tests in this process find vLLM imported."""
-    _set_environment(RunConfig(recipe="test"), False, "object_store")
+    set_environment(RunConfig(recipe="test"), False, "object_store")
 
 
 class Worker:

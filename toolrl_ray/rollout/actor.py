@@ -110,3 +110,8 @@ class RolloutActor:
     async def resume(self) -> None:
         await self._engine.resume()
         self._runner.clock.go()
+
+    async def close(self) -> None:
+        """Before this process is killed at the end of a run."""
+        if hasattr(self, "_engine"):
+            self._engine.close()

@@ -10,11 +10,16 @@ import ctypes
 import logging
 import os
 import signal
+import tempfile
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from toolrl_ray.config import RunConfig
 
 OWNER = "TOOLRL_ENGINE_OWNER"  # process id of the process that starts engine cores
 LAST_WORDS = "TOOLRL_ENGINE_LAST_WORDS"  # where they write why they die
+FOLDER = "VLLM_RPC_BASE_PATH"  # vLLM's own, for its sockets
 PR_SET_PDEATHSIG = 1
 MAX_CHARS = 300
 
@@ -26,6 +31,32 @@ def register() -> None:
     # kill -9 of a RolloutActor must not leave its engine-core process behind.
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     logging.getLogger("vllm.v1.engine.core").addHandler(_Writer(os.environ[LAST_WORDS]))
+    tempfile.tempdir = os.environ.get(FOLDER)
+    from tqdm.std import TqdmDefaultWriteLock
+
+    TqdmDefaultWriteLock.mp_lock = None  # a semaphore in /dev/shm, which a process that is killed would leave there
+
+
+def own_folder() -> tempfile.TemporaryDirectory[str]:
+    """For the sockets and temporary files of the engine cores that this process starts from now on: they are killed, and leave them."""
+    folder = tempfile.TemporaryDirectory(prefix="vllm-", ignore_cleanup_errors=True)
+    os.environ[FOLDER] = folder.name
+    return folder
+
+
+def set_environment(config: RunConfig, on_gpu: bool, weight_backend: str) -> None:
+    """vLLM reads these when it is imported and hands them to its child processes."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if weight_backend == "ipc":
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # GPU memory handles travel pickled, between our own processes
+    if not on_gpu:
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(config.rollout.kv_cache_gib)))
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # cores are shared with learner and tools
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the worker runs inside the engine-core process
+        # vLLM decorates helpers with torch.compile: on CPU that costs 10 s at the first request and wants a C++ compiler.
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+        os.environ["OMP_NUM_THREADS"] = str(config.rollout.num_threads)
 
 
 class _Writer(logging.Handler):

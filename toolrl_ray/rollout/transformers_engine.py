@@ -218,6 +218,9 @@ class TransformersEngine:
         for name, tensor in weights:
             own[name].copy_(tensor)
 
+    def close(self) -> None:
+        """It has nothing in the file system."""
+
     def shutdown(self) -> None:
         """Ends what is being sampled for callers that have gone."""
         if self._worker is not None:

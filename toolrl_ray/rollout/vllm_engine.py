@@ -8,35 +8,19 @@ import asyncio
 import copy
 import functools
 import itertools
-import os
 import zlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from toolrl_ray.config import RunConfig
 from toolrl_ray.errors import RolloutError, UserError
-from toolrl_ray.rollout.engine_core import LastWords
+from toolrl_ray.rollout.engine_core import LastWords, own_folder, set_environment
 from toolrl_ray.types import Completion, SamplingParams
 from toolrl_ray.weights.vllm_object_store import messages
 
 ANSWER_S = 30.0  # longer than any step of an engine
 LOOK_S = 1.0  # between two looks at an engine that owes an answer
 NO_UPDATE_IS_OPEN = "without a matching start_weight_update"  # in vLLM's error
-
-
-def _set_environment(config: RunConfig, on_gpu: bool, weight_backend: str) -> None:
-    """vLLM reads these when it is imported and hands them to its child processes."""
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    if weight_backend == "ipc":
-        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # GPU memory handles travel pickled, between our own processes
-    if not on_gpu:
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(config.rollout.kv_cache_gib)))
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # cores are shared with learner and tools
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the worker runs inside the engine-core process
-        # vLLM decorates helpers with torch.compile: on CPU that costs 10 s at the first request and wants a C++ compiler.
-        os.environ["TORCHDYNAMO_DISABLE"] = "1"
-        os.environ["OMP_NUM_THREADS"] = str(config.rollout.num_threads)
 
 
 def _check_platform(num_gpus: float, is_cpu_build: bool) -> None:
@@ -64,7 +48,7 @@ class VLLMEngine:
         on_death: Callable[[RolloutError], None] = lambda error: None,
     ):
         on_gpu = config.rollout.num_gpus > 0
-        _set_environment(config, on_gpu, weight_backend)
+        set_environment(config, on_gpu, weight_backend)
         from vllm import AsyncEngineArgs
         from vllm.config import WeightTransferConfig
         from vllm.platforms import current_platform
@@ -101,10 +85,11 @@ class VLLMEngine:
             # On CPU a request that draws by a seed of its own and is prefilled in chunks kills the engine.
             enable_chunked_prefill=None if on_gpu else False,
         )
-        self._last_words = LastWords()
+        self._last_words, self._folder = LastWords(), own_folder()
         try:
             self._llm = AsyncLLM.from_engine_args(args)
         except RuntimeError as error:
+            self.close()
             if not (reason := self._last_words.read()):
                 raise
             raise RolloutError(f"vLLM cannot start with {policy_dir}: {reason}") from error
@@ -265,6 +250,11 @@ class VLLMEngine:
     def shutdown(self) -> None:
         self._llm.shutdown()
         self._last_words.close()
+        self.close()
+
+    def close(self) -> None:
+        """Removes what it has in the file system. It may be running still, and is to be killed next."""
+        self._folder.cleanup()
 
 
 def _leave_logprobs_undecoded() -> None:

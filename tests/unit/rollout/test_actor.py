@@ -45,10 +45,13 @@ def engines(monkeypatch) -> list:
     class ScriptedEngine:
         def __init__(self, config: object, policy_dir: str, codec: object, backend: str, on_death: Callable[[RolloutError], None]):
             engines.append(self)
-            self.num_checks, self.on_death, self.error = 0, on_death, None
+            self.num_checks, self.on_death, self.error, self.is_closed = 0, on_death, None, False
 
         async def ready(self, policy_version: int) -> None: ...
         async def generate(self, token_ids: list, params: object) -> None: ...
+        def close(self) -> None:
+            self.is_closed = True
+
         async def check_alive(self) -> None:
             self.num_checks += 1
             if self.error:
@@ -82,6 +85,14 @@ async def test_a_start_that_fails_after_the_engine_is_loaded_loads_no_second_one
             await starting.start()
     assert await starting.start() == await starting.start() == os.getpid()
     assert len(engines) == 1 and engines[0].num_checks == 3
+
+
+async def test_what_an_engine_has_in_the_file_system_is_removed_at_the_end_where_one_is_loaded(engines) -> None:
+    await actor().close()
+    loaded = actor()
+    await loaded.start()
+    await loaded.close()
+    assert [engine.is_closed for engine in engines] == [True]
 
 
 async def test_a_process_that_has_lost_its_engine_tells_why_and_ends_and_is_not_started_once_more(engines, monkeypatch) -> None:
