@@ -19,6 +19,7 @@ from toolrl_ray.cli_parser import EXIT_USER, Parser, Version
 from toolrl_ray.errors import MissingDependency, PlacementError, ToolRLError, UserError
 
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PIPE, EXIT_TERMINATED = 1, 130, 141, 143
+GONE = {errno.EPIPE: EXIT_PIPE, errno.EIO: EXIT_TERMINATED}  # of a pipe that nobody reads, of a terminal that was closed
 REFUSALS = (errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE)  # of a file: the machine is wrong, not this code
 
 
@@ -44,10 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()  # python itself does it too late to say in one line what goes wrong
         return code
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and cli_output.reader_has_gone():
-            code = EXIT_PIPE
-        elif error.errno == errno.EIO and cli_output.reader_has_gone():  # a terminal that was closed: SIGHUP is on its way, or was here
-            code = EXIT_TERMINATED
+        if error.errno in GONE and cli_output.reader_has_gone():
+            code = GONE[error.errno]
         elif error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno in REFUSALS and error.filename):
             code = _end(f"{error.strerror}{f': {error.filename!r}' if error.filename else ''}", EXIT_ERROR, error)
         else:
