@@ -84,10 +84,6 @@ class PoolConfig(Section):
     def most_replicas(self) -> int:
         return self.max_replicas or self.min_replicas
 
-    @property
-    def scales(self) -> bool:
-        return self.most_replicas > self.min_replicas
-
     def contradictions(self) -> Iterator[str]:
         """One line for every two settings that cannot hold together."""
         if self.most_replicas < self.min_replicas:

@@ -149,7 +149,7 @@ class _Episode:
         if (reason := self._ending(completion, parsed, room)) is not None:
             return self.ledger.finish(reason)
         results = await self._run_calls(parsed)
-        self._observe(parsed, results)
+        self._observe(results)
 
     def _ending(self, completion: Completion, parsed: ParsedTurn, room: int) -> StopReason | None:
         """The reason to stop after this completion, or None when it asks for a call that may be executed."""
@@ -188,7 +188,7 @@ class _Episode:
             log.warning("call of tool %r failed in the harness: %s: %s", call.tool, type(error).__name__, error)
             return ToolResult(ToolStatus.UNAVAILABLE, "", time.monotonic() - started)
 
-    def _observe(self, parsed: ParsedTurn, results: list[tuple[RequestedCall, ToolResult]]) -> None:
+    def _observe(self, results: list[tuple[RequestedCall, ToolResult]]) -> None:
         """Record the calls and append what the policy is shown, or end the episode where that does not fit."""
         shown: list[Shown] = []
         for call, result in results:

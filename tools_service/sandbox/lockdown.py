@@ -16,7 +16,7 @@ from tools_service.sandbox.limits import Limits
 
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
-PR_SET_SECUREBITS, PR_CAP_AMBIENT = 28, 47
+PR_CAP_AMBIENT = 47
 SYS_CAPSET, SYS_CLOSE_RANGE = 126, 436
 READ_FILE, READ_DIR = 1 << 2, 1 << 3
 # write, read, list, remove folder and file, make folder and regular file: no links, sockets, pipes or devices
