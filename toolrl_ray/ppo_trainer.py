@@ -284,6 +284,9 @@ def causal_lm(model: Any) -> Any:
         raise ConfigError(f"model is a {type(model).__name__}; give a transformers causal LM, or what holds one as pretrained_model")
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(f"model is a {type(lm).__name__}, an encoder-decoder; give a causal LM")
+    if getattr(getattr(lm, "active_peft_config", None), "is_prompt_learning", False):
+        kind = lm.active_peft_config.peft_type.value
+        raise ConfigError(f"model has virtual tokens (peft's {kind}), with which logprobs would be wrong; give adapters such as LoRA's")
     return lm
 
 

@@ -70,6 +70,15 @@ def test_a_model_whose_weights_are_not_float32_is_refused_in_one_line(dtype):
         trainer(tiny_lm(tokenizer()).to(getattr(torch, dtype)))
 
 
+@pytest.mark.parametrize("kind", [peft.PrefixTuningConfig, peft.PromptTuningConfig, peft.PromptEncoderConfig])
+def test_virtual_tokens_are_refused_in_one_line(kind):
+    model = peft.get_peft_model(tiny_lm(made := tokenizer()), kind(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ConfigError, match=r"^model has virtual tokens \(peft's P\w+\), .*; give adapters such as LoRA's$"):
+        trainer(model)
+    with pytest.raises(ConfigError, match="^model has virtual tokens"):
+        TextEnvironment(model, made, [], lambda responses: [0.0] * len(responses), PROMPT)
+
+
 def test_a_step_checkpoints_activations_where_the_model_was_told_to():
     lm = tiny_lm(tokenizer())
     lm.gradient_checkpointing_enable()
